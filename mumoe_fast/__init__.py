@@ -1,5 +1,7 @@
 """Multilinear mixture-of-experts layers at the price of the dense layers they replace."""
 
+from mumoe_fast import functional
 from mumoe_fast._version import __version__
+from mumoe_fast.layers import CPExperts, ExpertGate, MuMoE, MuMoEMLP
 
-__all__ = ["__version__"]
+__all__ = ["CPExperts", "ExpertGate", "MuMoE", "MuMoEMLP", "__version__", "functional"]

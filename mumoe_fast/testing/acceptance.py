@@ -1,7 +1,7 @@
 """The acceptance rule: a kernel may err twice as much as eager torch does, and not more.
 
-*Truth* is the reference in float64 on inputs already quantised to the kernel's dtype. *Eager* is the reference in float32,
-rounded to the kernel's dtype wherever the kernel rounds. A result passes when it is finite and
+*Truth* is the reference in float64 on inputs already quantised to the kernel's dtype. *Eager* is the reference in
+float32, rounded to the kernel's dtype wherever the kernel rounds. A result passes when it is finite and
 
     max|kernel − truth| ≤ 2·(max|eager − truth| + eps·max|truth| + 2⁻²⁴·max t̄)
 
@@ -27,7 +27,7 @@ class _Round(torch.autograd.Function):
         return x.to(dtype).to(x.dtype) if forward else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
         return dx.to(ctx.dtype).to(dx.dtype), None, None
 
 
@@ -39,11 +39,11 @@ class Rounding:
 
     def __call__(self, x: Tensor) -> Tensor:
         """A value that the kernel stores, whose gradient it stores too."""
-        return x if self.dtype is None else _Round.apply(x, self.dtype, True)  # type: ignore[no-untyped-call,no-any-return]
+        return x if self.dtype is None else _Round.apply(x, self.dtype, True)  # type: ignore[no-untyped-call]
 
     def gradient(self, x: Tensor) -> Tensor:
         """A value that the kernel keeps in float32, but whose gradient it stores."""
-        return x if self.dtype is None else _Round.apply(x, self.dtype, False)  # type: ignore[no-untyped-call,no-any-return]
+        return x if self.dtype is None else _Round.apply(x, self.dtype, False)  # type: ignore[no-untyped-call]
 
 
 EXACT = Rounding(None)

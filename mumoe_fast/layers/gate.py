@@ -1,0 +1,138 @@
+"""The gate: expert coefficients for every level of the hierarchy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mumoe_fast import _validation as check
+from mumoe_fast.functional import batch_norm_gate, gate
+
+
+class RunningStatistics(nn.Module):
+    """Batch norm's running mean and variance of one level's logits, as `nn.BatchNorm1d` keeps them.
+
+    Buffers: running_mean (N_e,), running_var (N_e,).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        momentum: float = 0.1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("running_mean", torch.zeros(num_experts, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(num_experts, device=device, dtype=dtype))
+
+    def reset_running_stats(self) -> None:
+        """Back to mean 0 and variance 1."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, var: Tensor) -> None:
+        """Move towards the statistics of a batch (var unbiased)."""
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+
+
+class ExpertGate(nn.Module):
+    """Expert coefficients ``a_e = entmax(norm(G_eᵀ z))`` (Eq. 1), one set per hierarchy level.
+
+    The weights start at zero, as the paper authors' do, so that every expert begins with coefficient 1/N.
+
+    Args:
+        in_features: I.
+        num_experts: N, or one N_e per hierarchy level.
+        norm: over the logits, without affine parameters: "layer" (over the experts), "batch" (over the tokens, with
+            running statistics for evaluation, synchronised across ranks) or "none".
+        alpha: entmax's, in [1, 2]; the paper's is 1.5.
+        eps: added to the norm's variance.
+        process_group: the ranks that share batch norm's statistics; None is the default group.
+        impl: "auto", "triton" or "reference".
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Parameters:
+        weights[e]: (N_e, I).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, by name.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int | Sequence[int],
+        *,
+        norm: str = "layer",
+        alpha: float = 1.5,
+        eps: float = 1e-5,
+        process_group: dist.ProcessGroup | None = None,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check.positive("in_features", in_features)
+        check.one_of("norm", norm, check.NORMS)
+        check.alpha(alpha)
+        check.impl(impl)
+        self.in_features = in_features
+        self.num_experts = check.levels(num_experts)
+        self.norm, self.alpha, self.eps, self.impl = norm, alpha, eps, impl
+        self.process_group = process_group
+        self.weights = nn.ParameterList(
+            torch.empty(N, in_features, device=device, dtype=dtype) for N in self.num_experts
+        )
+        self.norms = nn.ModuleList(
+            RunningStatistics(N, device=device, dtype=dtype) for N in self.num_experts if norm == "batch"
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero weights: every expert starts with the same coefficient."""
+        for weight in self.weights:
+            nn.init.zeros_(weight)
+        for statistics in self.norms:
+            assert isinstance(statistics, RunningStatistics)
+            statistics.reset_running_stats()
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """z (..., I) to one (..., N_e) per level, each row summing to one."""
+        return tuple(self._level(z, e) for e in range(len(self.num_experts)))
+
+    def _level(self, z: Tensor, e: int) -> Tensor:
+        weight = self.weights[e]
+        if self.norm != "batch":
+            return gate(z, weight, norm=self.norm, alpha=self.alpha, eps=self.eps, impl=self.impl)
+        statistics = self.norms[e]
+        assert isinstance(statistics, RunningStatistics)
+        if self.training:
+            a, mean, var = batch_norm_gate(
+                z, weight, alpha=self.alpha, eps=self.eps, process_group=self.process_group, impl=self.impl
+            )
+            statistics.update(mean, var)
+            return a
+        # With its statistics given, batch norm is a scale and a shift of the logits: fold them into the weight.
+        scale = torch.rsqrt(statistics.running_var + self.eps)
+        folded, bias = weight * scale.unsqueeze(1), -statistics.running_mean * scale
+        return gate(z, folded, bias, norm="none", alpha=self.alpha, eps=self.eps, impl=self.impl)
+
+    def extra_repr(self) -> str:
+        """The sizes and options, as `nn.Linear` shows its own."""
+        experts = self.num_experts[0] if len(self.num_experts) == 1 else self.num_experts
+        return (
+            f"in_features={self.in_features}, num_experts={experts}, norm={self.norm!r}, alpha={self.alpha}, "
+            f"impl={self.impl!r}"
+        )

@@ -1,0 +1,159 @@
+"""The two layers that replace dense ones: `MuMoE` for a linear layer, `MuMoEMLP` for the two of an MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_fast import _validation as check
+from mumoe_fast import rank as counts
+from mumoe_fast.layers.cp import CPExperts
+from mumoe_fast.layers.gate import ExpertGate
+
+EXPERTS: dict[str, type[CPExperts]] = {"cp": CPExperts}
+
+
+class MuMoE(nn.Module):
+    """A μMoE layer in place of `nn.Linear`: an `ExpertGate`, then experts kept as a tensor factorisation.
+
+    ``y = Σ_n a_n (W_n z + b_n)`` with ``a = entmax(norm(Gᵀz))`` (Eq. 1), over experts that are never formed.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        num_experts: N, or one N_e per hierarchy level.
+        factorization: "cp".
+        rank: R for "cp"; None matches the parameters of `nn.Linear(in_features, out_features)`, gate and bias
+            counted, to the nearest multiple of 8.
+        bias: with the input mode's bias.
+        norm: of the gate: "layer", "batch" or "none".
+        alpha: of the gate's entmax, in [1, 2].
+        impl: "auto", "triton" or "reference".
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, by name; no rank fits the parameters of the dense layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int | Sequence[int],
+        *,
+        factorization: str = "cp",
+        rank: int | Sequence[int] | None = None,
+        bias: bool = True,
+        norm: str = "layer",
+        alpha: float = 1.5,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check.positive("in_features", in_features)
+        check.positive("out_features", out_features)
+        check.one_of("factorization", factorization, list(EXPERTS))
+        shape = counts.resolve((in_features, out_features), check.levels(num_experts), factorization, rank, bias)
+        levels, rank = shape.num_experts, shape.rank
+        self.in_features, self.out_features = in_features, out_features
+        self.factorization = factorization
+        self.gate = ExpertGate(in_features, levels, norm=norm, alpha=alpha, impl=impl, device=device, dtype=dtype)
+        self.experts = EXPERTS[factorization](
+            in_features, out_features, levels, rank, bias=bias, impl=impl, device=device, dtype=dtype
+        )
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The gate's coefficients for x (..., I): one (..., N_e) per level."""
+        coefficients: tuple[Tensor, ...] = self.gate(x)
+        return coefficients
+
+    def forward(self, x: Tensor, gate_input: Tensor | None = None) -> Tensor:
+        """x (..., I) to (..., O); the gate reads `gate_input` (..., I) where it is given, else x."""
+        y: Tensor = self.experts(x, self.gate(x if gate_input is None else gate_input))
+        return y
+
+
+class MuMoEMLP(nn.Module):
+    """A μMoE block in place of an MLP's two linear layers: two expert layers that share one gate.
+
+    The activation belongs to the second layer's input, so that only the pre-activation is ever stored.
+
+    Args:
+        in_features: I.
+        hidden_features: H.
+        out_features: O; None is I.
+        num_experts: N, or one N_e per hierarchy level.
+        activation: between the two: "gelu", "gelu_tanh", "relu" or "silu".
+        factorization: "cp".
+        rank: R of both expert layers for "cp"; None matches the parameters of the two linear layers, gate and biases
+            counted, to the nearest multiple of 8.
+        bias: with the input modes' biases.
+        norm: of the gate: "layer", "batch" or "none".
+        alpha: of the gate's entmax, in [1, 2].
+        impl: "auto", "triton" or "reference".
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, by name; no rank fits the parameters of the dense layers.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        num_experts: int | Sequence[int] = 64,
+        *,
+        activation: str = "gelu",
+        factorization: str = "cp",
+        rank: int | Sequence[int] | None = None,
+        bias: bool = True,
+        norm: str = "layer",
+        alpha: float = 1.5,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_features = in_features if out_features is None else out_features
+        check.positive("in_features", in_features)
+        check.positive("hidden_features", hidden_features)
+        check.positive("out_features", out_features)
+        check.one_of("factorization", factorization, list(EXPERTS))
+        features = (in_features, hidden_features, out_features)
+        shape = counts.resolve(features, check.levels(num_experts), factorization, rank, bias)
+        levels, rank = shape.num_experts, shape.rank
+        self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
+        self.factorization, self.activation = factorization, activation
+        experts = EXPERTS[factorization]
+        self.gate = ExpertGate(in_features, levels, norm=norm, alpha=alpha, impl=impl, device=device, dtype=dtype)
+        self.in_experts = experts(
+            in_features, hidden_features, levels, rank, bias=bias, impl=impl, device=device, dtype=dtype
+        )
+        self.out_experts = experts(
+            hidden_features,
+            out_features,
+            levels,
+            rank,
+            bias=bias,
+            activation=activation,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+        )
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The gate's coefficients for x (..., I): one (..., N_e) per level."""
+        coefficients: tuple[Tensor, ...] = self.gate(x)
+        return coefficients
+
+    def forward(self, x: Tensor, gate_input: Tensor | None = None) -> Tensor:
+        """x (..., I) to (..., O); the gate reads `gate_input` (..., I) where it is given, else x."""
+        coefficients = self.gate(x if gate_input is None else gate_input)
+        y: Tensor = self.out_experts(self.in_experts(x, coefficients), coefficients)
+        return y

@@ -1,0 +1,71 @@
+"""How an operator of this library is registered: one way, for all of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_LIBRARY = torch.library.Library("mumoe", "DEF")
+
+# Which module holds an implementation's launchers, per operator family. Imported at the first call, because Triton is
+# neither needed nor wanted by those who never launch a kernel.
+_IMPLEMENTATIONS = {"triton": "mumoe_fast.kernels"}
+
+
+def launchers(impl: str, family: str) -> ModuleType:
+    """The module with the launchers of `family` (entmax, gate, cp, …) in implementation `impl`."""
+    return importlib.import_module(f"{_IMPLEMENTATIONS[impl]}.{family}")
+
+
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
+) -> Callable[..., Any]:
+    """Define `mumoe::<schema>`; without `backward` the operator refuses to be differentiated.
+
+    `flops` counts a multiply-add as 2, as torch's counter does, from the shapes of the arguments.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    qualified = f"mumoe::{name}"
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if backward is None:
+        backward = _refuse(name)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    packet = getattr(torch.ops.mumoe, name)
+    if flops is not None:
+        register_flop_formula(packet)(flops)
+    operator: Callable[..., Any] = packet.default
+    return operator
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            f"mumoe::{name} is not differentiable: double backward is not implemented. "
+            f'Use impl="reference" where you need second derivatives.'
+        )
+
+    return backward
+
+
+def absent(like: Tensor) -> Tensor:
+    """What an operator returns in place of a result nobody asked for: schemas have no optional results."""
+    return like.new_empty(0)
+
+
+def present(results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Undo `absent`: None where a result was not asked for."""
+    return [result if needed else None for result, needed in zip(results, needs, strict=True)]

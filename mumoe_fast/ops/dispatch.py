@@ -1,0 +1,73 @@
+"""Which implementation runs: what was asked for if it can run, or the best that can, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "triton", "reference"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)
+
+# Read once: both are fixed for a process, and the compiler may trace through `choose`.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot run on tensors of this device and dtype, and what to do about it; None if it can."""
+    if impl == "reference":
+        return None
+    if dtype not in _HALF_OR_SINGLE:
+        return f'it computes in float32 and takes no {dtype}: convert the tensors or use impl="reference"'
+    if not _TRITON_INSTALLED:
+        return "the package triton is not installed: pip install 'triton>=3.6' (Linux)"
+    if device.type == "cuda" or (device.type == "cpu" and _TRITON_INTERPRETS):
+        return None
+    return (
+        f"the tensors are on {device.type} and Triton compiles for GPUs: move them to one, set TRITON_INTERPRET=1 "
+        f'before Python starts to run the kernels in its (slow) interpreter, or use impl="auto"'
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `impl="auto"` picks, and why."""
+
+    impl: str
+    reason: str
+
+
+def best(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What `impl="auto"` picks on this device for this dtype."""
+    if dtype not in _HALF_OR_SINGLE:
+        return Choice("reference", f"{dtype} goes to the reference: the kernels accumulate in float32")
+    if device.type == "cuda":
+        hindrance = obstacle("triton", device, dtype)
+        if hindrance is None:
+            return Choice("triton", "the tensors are on a GPU and Triton is installed")
+        return Choice("reference", f"no Triton kernels: {hindrance}")
+    return Choice("reference", f"no faster implementation for {device.type} tensors is built")
+
+
+def choose(impl: str, z: Tensor) -> str:
+    """The implementation that runs on z, for a validated or unvalidated `impl` argument.
+
+    Raises:
+        ValueError: `impl` is unknown.
+        RuntimeError: `impl` was named and cannot run here. Nothing falls back silently.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "auto":
+        return best(z.device, z.dtype).impl
+    hindrance = obstacle(impl, z.device, z.dtype)
+    if hindrance is not None:
+        raise RuntimeError(f'impl="{impl}" cannot run here: {hindrance}')
+    return impl
