@@ -2,6 +2,16 @@
 
 from mumoe_fast import functional
 from mumoe_fast._version import __version__
-from mumoe_fast.layers import CPExperts, ExpertGate, MuMoE, MuMoEMLP
+from mumoe_fast.layers import CPExperts, ExpertGate, MuMoE, MuMoEMLP, TRExperts, TTExperts, TuckerExperts
 
-__all__ = ["CPExperts", "ExpertGate", "MuMoE", "MuMoEMLP", "__version__", "functional"]
+__all__ = [
+    "CPExperts",
+    "ExpertGate",
+    "MuMoE",
+    "MuMoEMLP",
+    "TRExperts",
+    "TTExperts",
+    "TuckerExperts",
+    "__version__",
+    "functional",
+]

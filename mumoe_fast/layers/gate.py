@@ -59,7 +59,7 @@ class ExpertGate(nn.Module):
         alpha: entmax's, in [1, 2]; the paper's is 1.5.
         eps: added to the norm's variance.
         process_group: the ranks that share batch norm's statistics; None is the default group.
-        impl: "auto", "triton" or "reference".
+        impl: "auto" or an implementation by name.
         device: of the parameters.
         dtype: of the parameters.
 

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from mumoe_fast import _validation as check
 from mumoe_fast import rank as counts
 from mumoe_fast.layers.cp import CPExperts
+from mumoe_fast.layers.experts import Experts
 from mumoe_fast.layers.gate import ExpertGate
+from mumoe_fast.layers.tensor_ring import TRExperts, TTExperts
+from mumoe_fast.layers.tucker import TuckerExperts
 
-EXPERTS: dict[str, type[CPExperts]] = {"cp": CPExperts}
+EXPERTS: dict[str, type[Experts]] = {
+    layer.factorization: layer for layer in (CPExperts, TRExperts, TTExperts, TuckerExperts)
+}
 
 
 class MuMoE(nn.Module):
@@ -24,13 +29,13 @@ class MuMoE(nn.Module):
         in_features: I.
         out_features: O.
         num_experts: N, or one N_e per hierarchy level.
-        factorization: "cp".
-        rank: R for "cp"; None matches the parameters of `nn.Linear(in_features, out_features)`, gate and bias
-            counted, to the nearest multiple of 8.
+        factorization: "cp", "tr" (tensor ring), "tt" (tensor train) or "tucker".
+        rank: as the factorisation's layer takes it, an int or one int per core or mode; None matches the parameters of
+            `nn.Linear(in_features, out_features)`, gate and bias counted, to the nearest multiple of 8.
         bias: with the input mode's bias.
         norm: of the gate: "layer", "batch" or "none".
         alpha: of the gate's entmax, in [1, 2].
-        impl: "auto", "triton" or "reference".
+        impl: "auto" or an implementation by name.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -88,13 +93,13 @@ class MuMoEMLP(nn.Module):
         out_features: O; None is I.
         num_experts: N, or one N_e per hierarchy level.
         activation: between the two: "gelu", "gelu_tanh", "relu" or "silu".
-        factorization: "cp".
-        rank: R of both expert layers for "cp"; None matches the parameters of the two linear layers, gate and biases
-            counted, to the nearest multiple of 8.
+        factorization: "cp", "tr" (tensor ring), "tt" (tensor train) or "tucker".
+        rank: of both expert layers, as the factorisation's layer takes it, an int or one int per core or mode; None
+            matches the parameters of the two linear layers, gate and biases counted, to the nearest multiple of 8.
         bias: with the input modes' biases.
         norm: of the gate: "layer", "batch" or "none".
         alpha: of the gate's entmax, in [1, 2].
-        impl: "auto", "triton" or "reference".
+        impl: "auto" or an implementation by name.
         device: of the parameters.
         dtype: of the parameters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ def obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
         f"the tensors are on {device.type} and Triton compiles for GPUs: move them to one, set TRITON_INTERPRET=1 "
         f'before Python starts to run the kernels in its (slow) interpreter, or use impl="auto"'
     )
+
+
+def triton_version() -> str | None:
+    """The installed Triton's version, without importing it; None if there is none."""
+    return importlib.metadata.version("triton") if _TRITON_INSTALLED else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,55 @@
+"""What all public functions do with their arguments before an operator sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mumoe_fast import _validation as check
+
+
+def autocast(*tensors: Any) -> list[Any]:
+    """The tensors in autocast's dtype where autocast is on; float64 and None stay what they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether backward will come: whether it is worth saving something for it."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def tensor_per_level(**arguments: Sequence[Tensor]) -> None:
+    """Every argument is a list or tuple with one floating-point tensor per hierarchy level."""
+    lengths = {}
+    for name, levels in arguments.items():
+        if not isinstance(levels, list | tuple):
+            raise TypeError(
+                f"{name}: expected a list or tuple with one tensor per hierarchy level, got {type(levels).__name__}"
+            )
+        for e, x in enumerate(levels):
+            check.floating(f"{name}[{e}]", x)
+        lengths[name] = len(levels)
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        counts = ", ".join(f"{count} in {name}" for name, count in lengths.items())
+        raise ValueError(
+            f"expected one tensor per hierarchy level, the same number everywhere and at least one; got {counts}"
+        )
+
+
+def fitting(name: str, x: Tensor | None, shape: Sequence[int | None], z: Tensor) -> None:
+    """The shape, and z's device and dtype; a None fits any size, and an absent tensor fits."""
+    if x is not None:
+        check.shape(name, x, shape)
+        check.same_device_and_dtype(name, x, z, "z")
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(..., I) as (T, I)."""
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,85 @@
+"""What importing the package costs and needs: torch, and neither Triton nor a GPU nor the test packages."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str) -> str:
+    """Run code in a fresh interpreter, without Triton's interpreter mode."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "entmax", "fvcore", "tensorly", "numpy"}:
+            raise ImportError(f"{name} is not here")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_a_layer_works_without_triton_and_the_optional_packages() -> None:
+    out = run(
+        BLOCK + "import torch, mumoe_fast\n"
+        "layer = mumoe_fast.MuMoE(8, 4, 3, rank=5)\n"
+        "y = layer(torch.ones(2, 8)); y.square().sum().backward()\n"
+        "print(tuple(y.shape))"
+    )
+    assert out.strip() == "(2, 4)"
+
+
+def test_importing_the_package_imports_neither_triton_nor_the_command_line() -> None:
+    out = run(
+        "import torch, sys\nbefore = set(sys.modules)\nimport mumoe_fast\nnew = set(sys.modules) - before\n"
+        "print([name for name in ('triton', 'typer', 'rich', 'entmax', 'fvcore') if name in new])"
+    )
+    assert out.strip() == "[]"
+
+
+def test_import_adds_under_half_a_second_to_torch() -> None:
+    # The least of three: the machine may be busy, but the cost of an import is its minimum.
+    times = [
+        float(
+            run(
+                "import torch, time\nstart = time.perf_counter()\nimport mumoe_fast\nprint(time.perf_counter() - start)"
+            )
+        )
+        for _ in range(3)
+    ]
+    assert min(times) < 0.5, f"import mumoe_fast took {min(times):.2f} s beyond torch"
+
+
+def test_import_contracts_hold() -> None:
+    command = Path(sysconfig.get_path("scripts")) / "lint-imports"
+    if not command.exists():
+        pytest.skip("import-linter is not installed")
+    result = subprocess.run([command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout
+
+
+def test_an_import_against_the_direction_is_caught(tmp_path: Path) -> None:
+    """The contract can fail: the same contract on a copy of the tree in which a kernel imports a layer."""
+    command = Path(sysconfig.get_path("scripts")) / "lint-imports"
+    if not command.exists():
+        pytest.skip("import-linter is not installed")
+    import shutil
+
+    for room in ("mumoe_fast", "kernels", "bench", "examples"):
+        shutil.copytree(
+            ROOT / room, tmp_path / room, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "kernels" / "configs.py").open("a") as file:
+        file.write("\nimport mumoe_fast.layers\n")
+    result = subprocess.run([command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "mumoe_fast.kernels" in result.stdout
