@@ -1,24 +1,22 @@
 """Counting: parameters, FLOPs and matrix rank of every layer, and the rank that meets a budget. Pure arithmetic.
 
-The counting rule is the paper's: a multiply-add is one FLOP, per token; elementwise products, norms and activations are
-free. The input-mode bias is a row of the input factor (the input gets a 1 appended) and counts as such, in parameters and in
-FLOPs; the bias of an `nn.Linear` counts as parameters only, as in fvcore, with which the paper counted.
+The counting rule is the paper's: a multiply-add is one FLOP, per token; elementwise products, norms and activations
+are free. The input-mode bias is a row of the input factor (the input gets a 1 appended) and counts as one, in
+parameters and in FLOPs; the bias of an `nn.Linear` counts as parameters only, as in fvcore, the paper's counter.
 
-`features` is (I, O) for one expert layer behind its gate and (I, H, O) for an MLP block, whose two expert layers share one.
+`features` is (I, O) for an expert layer behind its gate, and (I, H, O) for an MLP block, whose two expert layers share
+one gate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Literal
 
-Factorization = Literal["cp", "tr", "tt", "tucker", "full"]
-Count = Literal["parameters", "flops"]
-Rank = int | Sequence[int]
-
-FACTORIZATIONS: tuple[str, ...] = ("cp", "tr", "tt", "tucker", "full")
+FACTORIZATIONS = ("cp", "tr", "tt", "tucker", "full")
 RING_RANK = 4  # the paper's rank of every TR core but the last
 TUCKER_EXPERT_RANK = 16  # of an expert mode, where it has as many experts
 GRANULARITY = 8  # matched ranks are multiples of it, so that rows of factors keep 16-byte alignment in half types
@@ -38,8 +36,9 @@ class ExpertShape:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter, under its name in the layer's state_dict."""
-        I, O, N, R = self.in_features, self.out_features, self.num_experts, self.rank  # noqa: E741
+        I, O, N, R = self.in_features, self.out_features, self.num_experts, self.rank
         E = len(N)
+        shapes: dict[str, tuple[int, ...]]
         if self.factorization == "cp":
             shapes = {f"expert_factors.{e}": (N[e], R[0]) for e in range(E)}
             shapes |= {"in_factor": (R[0], I), "in_bias": (R[0],), "out_factor": (O, R[0])}
@@ -66,12 +65,12 @@ class ExpertShape:
         if self.factorization not in ("tr", "tt"):
             return self.parameters
         chain = self.rank[1:]  # from the left: A_1 A_2 …, then B
-        return self.parameters + self.rank[0] * sum(k * n for k, n in zip(chain, chain[1:], strict=False))
+        return self.parameters + self.rank[0] * sum(k * n for k, n in pairwise(chain))
 
     @property
     def naive_flops(self) -> int:
         """Table 8's "original" count: contract the factors in their order to W, then Eq. 1 on it with every expert."""
-        I, O, N, R = self.in_features + self.bias, self.out_features, self.num_experts, self.rank  # noqa: E741
+        I, O, N, R = self.in_features + self.bias, self.out_features, self.num_experts, self.rank
         E = len(N)
         every_expert = prod(N) * I * O
         if self.factorization == "cp":
@@ -110,7 +109,7 @@ class MoEShape:
         """The expert layers, first to last, all of the same rank."""
         return tuple(
             ExpertShape(i, o, self.num_experts, self.factorization, self.rank, self.bias)
-            for i, o in zip(self.features, self.features[1:], strict=False)
+            for i, o in pairwise(self.features)
         )
 
     @property
@@ -133,7 +132,7 @@ def resolve(
     features: Sequence[int],
     num_experts: int | Sequence[int],
     factorization: str = "cp",
-    rank: Rank | None = None,
+    rank: int | Sequence[int] | None = None,
     bias: bool = True,
 ) -> MoEShape:
     """The shape that a layer's arguments mean, checked; `rank=None` is matched to the dense layer's parameters."""
@@ -161,12 +160,14 @@ def resolve_num_experts(num_experts: int | Sequence[int]) -> tuple[int, ...]:
     return levels
 
 
-def resolve_rank(factorization: str, rank: Rank | None, num_experts: int | Sequence[int]) -> tuple[int, ...]:
+def resolve_rank(
+    factorization: str, rank: int | Sequence[int] | None, num_experts: int | Sequence[int]
+) -> tuple[int, ...]:
     """The rank argument as a tuple, one entry per rank of the factorisation.
 
-    cp: (R,). tr: (R_1, …, R_{E+2}), where an int means (4, …, 4, int). tt: the same with R_1 = 1. tucker: (R_1, …, R_E,
-    R_I, R_O), where an int means R_I = R_O with R_e = min(N_e, 16). full: (), from None. For the others None is an error
-    here: only `resolve` and `match_rank` know the features that it is matched to.
+    cp: (R,). tr: (R_1, …, R_{E+2}), where an int means (4, …, 4, int). tt: the same with R_1 = 1. tucker: (R_1, …,
+    R_E, R_I, R_O), where an int means R_I = R_O with R_e = min(N_e, 16). full: (), from None. For the others None is an
+    error here: only `resolve` and `match_rank` know the features that it is matched to.
     """
     check_factorization(factorization)
     num_experts = resolve_num_experts(num_experts)
@@ -181,8 +182,8 @@ def resolve_rank(factorization: str, rank: Rank | None, num_experts: int | Seque
     expected = 1 if factorization == "cp" else levels + 2
     if len(ranks) != expected:
         raise ValueError(
-            f"rank must be an int or {expected} int{'s' if expected > 1 else ''} for factorization={factorization!r} with "
-            f"{levels} level{'s' if levels > 1 else ''} of experts, got {len(ranks)}: {ranks}"
+            f"rank must be an int or have length {expected} for factorization={factorization!r} and {levels} "
+            f"level{'s' if levels > 1 else ''} of experts, got {ranks} of length {len(ranks)}"
         )
     _check_counts("rank", ranks)
     if factorization == "tt" and ranks[0] != 1:
@@ -234,7 +235,7 @@ def gate_parameters(in_features: int, num_experts: Sequence[int], bias: bool = F
 
 def dense_parameters(features: Sequence[int], bias: bool = True) -> int:
     """`nn.Linear(I, O)`, or the two linear layers of an MLP (I, H, O)."""
-    return sum((i + bias) * o for i, o in zip(features, features[1:], strict=False))
+    return sum((i + bias) * o for i, o in pairwise(features))
 
 
 def dense_flops(features: Sequence[int]) -> int:
@@ -270,15 +271,15 @@ def match_rank(
     *,
     bias: bool = True,
     budget: int | None = None,
-    count: Count = "parameters",
+    count: Literal["parameters", "flops"] = "parameters",
     granularity: int = GRANULARITY,
 ) -> int:
-    """The rank, as one int in `resolve_rank`'s convention, whose count comes nearest to a budget, gate and bias included.
+    """The rank, as one int in `resolve_rank`'s convention, whose count is nearest to a budget, gate and bias included.
 
     Without a budget it is the count of the dense layer with the same features (`nn.Linear`, or the two of an MLP, with
-    biases). The rank is the nearest multiple of `granularity`, the lower of two equally near; where that would be 0, the
-    nearest int that is at least 1. A rank of 1 may pass the budget by a quarter per cent; where it takes more, no rank fits
-    and a ValueError says how many experts would.
+    biases). The rank is the nearest multiple of `granularity`, the lower of two equally near; where that would be 0,
+    the nearest int that is at least 1. Rank 1 may pass the budget by a quarter per cent; where it takes more, no rank
+    fits and a ValueError says how many experts would.
     """
     check_factorization(factorization)
     features, num_experts = resolve_features(features), resolve_num_experts(num_experts)

@@ -28,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+NEAREST_TO_1 = 1 + 1e-6  # the least α but 1 itself: a learnt α that rounds to 1 stays finite
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """The dtype that norms and entmax are computed in: float32 for the half types, x's own otherwise."""
     return x if x.dtype == torch.float64 else x.float()
@@ -47,6 +50,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
         a = torch.softmax(at_least_float32(x), dim=-1)
         return (a + 0 * x.amin(-1, keepdim=True)).to(x.dtype)
     dtype, x = x.dtype, at_least_float32(x)
+    alpha = alpha.to(x.dtype).clamp(min=NEAREST_TO_1) if isinstance(alpha, Tensor) else max(alpha, NEAREST_TO_1)
     x = x - x.amax(-1, keepdim=True).detach()
     with torch.no_grad():
         if isinstance(alpha, float | int) and alpha in (1.5, 2.0):
@@ -88,7 +92,7 @@ def _threshold_by_sort(x: Tensor, alpha: float) -> Tensor:
 
 def _threshold_by_bisection(x: Tensor, alpha: float | Tensor) -> Tensor:
     """v for any α ∈ [1, 2], in [0, (1 − N^{1−α})/(α−1)] (x ≤ 0, its maximum 0)."""
-    alpha = torch.as_tensor(alpha, dtype=x.dtype, device=x.device).detach().clamp(min=1 + 1e-6)
+    alpha = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
     low = torch.zeros_like(x[..., :1])
     high = low - torch.expm1((1 - alpha) * math.log(x.shape[-1])) / (alpha - 1)
     for _ in range(50 if x.dtype == torch.float64 else 24):
@@ -145,6 +149,24 @@ def gate(
     return entmax(x, alpha).to(z.dtype)
 
 
+def topk_gate(z: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    """MxD's gate ``a = topk(relu(z G + b), k)``: the k largest of each row are kept, the others are zero.
+
+    Exactly k are kept (zeros among them where fewer are positive); of equal values those of the lowest experts. A row
+    with NaN or ±inf among its logits comes out NaN. z (..., I), weight (N, I), bias (N,) or None, 1 ≤ k ≤ N, giving
+    (..., N).
+    """
+    s = gate_logits(z, weight, bias)
+    x = F.relu(s)
+    with torch.no_grad():
+        smallest = x.topk(k, dim=-1).values[..., -1:]
+        larger, equal = x > smallest, x == smallest
+        room = k - larger.sum(-1, keepdim=True)
+        keep = larger | (equal & (equal.cumsum(-1) <= room))
+        poison = 0 * (s.amin(-1, keepdim=True) + s.amax(-1, keepdim=True))
+    return torch.where(keep, x, 0) + poison
+
+
 def activate(z: Tensor, activation: str | None) -> Tensor:
     """The named activation of z, or z itself."""
     return z if activation is None else ACTIVATIONS[activation](z)
@@ -198,13 +220,146 @@ def cp_materialize(
     return W, None if in_bias is None else torch.einsum("...r,r,or->...o", scale, in_bias, out_factor)
 
 
+def tr_modes(
+    z: Tensor,
+    coefficients: Sequence[Tensor],
+    expert_cores: Sequence[Tensor],
+    in_core: Tensor,
+    in_bias: Tensor | None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """TR's two matrices per token: ``A = Π_e (U_e ×₂ a_e)`` (..., R_1, R_{E+1}) and ``B = U_in ×₂ act(z) + b``."""
+    A, *further = (
+        (a @ core.flatten(1)).unflatten(-1, core.shape[1:]) for a, core in zip(coefficients, expert_cores, strict=True)
+    )
+    for matrix in further:
+        A = A @ matrix
+    bias = None if in_bias is None else in_bias.flatten()
+    B = F.linear(activate(z, activation), in_core.flatten(0, 1), bias)
+    return A, B.unflatten(-1, in_core.shape[:2])
+
+
+def tr_experts(
+    z: Tensor,
+    coefficients: Sequence[Tensor],
+    expert_cores: Sequence[Tensor],
+    in_core: Tensor,
+    out_core: Tensor,
+    in_bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """The TR μMoE (Eq. 3, 17–18): ``y_o = Σ_{r1 r} (A B)_{r1 r} U_out[o, r1, r]`` with A and B of `tr_modes`.
+
+    z (..., I), coefficients[e] (..., N_e), expert_cores[e] (N_e, R_e, R_{e+1}), in_core (R_{E+1}, R_{E+2}, I),
+    out_core (O, R_1, R_{E+2}), in_bias (R_{E+1}, R_{E+2}) or None, giving (..., O). TT is TR with R_1 = 1.
+    """
+    A, B = tr_modes(z, coefficients, expert_cores, in_core, in_bias, activation)
+    return F.linear((A @ B).flatten(-2), out_core.flatten(1))
+
+
+def tr_materialize(
+    expert_cores: Sequence[Tensor],
+    in_core: Tensor,
+    out_core: Tensor,
+    in_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The experts that TR's cores stand for: W (N_1, …, N_E, I, O) and their biases (N_1, …, N_E, O)."""
+    A = expert_cores[0]
+    for core in expert_cores[1:]:
+        A = torch.einsum("...pq,nqr->...npr", A, core)
+    W = torch.einsum("...pq,qri,opr->...io", A, in_core, out_core)
+    return W, None if in_bias is None else torch.einsum("...pq,qr,opr->...o", A, in_bias, out_core)
+
+
+def joint_coefficients(coefficients: Sequence[Tensor]) -> Tensor:
+    """The outer product ``Π_e a_e[n_e]`` of every level's vector, flattened: (..., N_1 ⋯ N_E)."""
+    joint = coefficients[0]
+    for a in coefficients[1:]:
+        joint = (joint.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
+    return joint
+
+
+def tucker_experts(
+    z: Tensor,
+    coefficients: Sequence[Tensor],
+    expert_factors: Sequence[Tensor],
+    in_factor: Tensor,
+    core: Tensor,
+    out_factor: Tensor,
+    in_bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """The Tucker μMoE (D.1.3 in Eq. 1): ``y = U_out [core ×_e (U_eᵀ a_e) ×_{E+1} (U_in act(z) + b)]``.
+
+    z (..., I), coefficients[e] (..., N_e), expert_factors[e] (N_e, R_e), in_factor (R_I, I),
+    core (R_1, …, R_E, R_I, R_O), out_factor (O, R_O), in_bias (R_I,) or None, giving (..., O).
+    """
+    modes = [a @ factor for a, factor in zip(coefficients, expert_factors, strict=True)]
+    modes.append(F.linear(activate(z, activation), in_factor, in_bias))
+    return F.linear(joint_coefficients(modes) @ core.flatten(0, -2), out_factor)
+
+
+def tucker_materialize(
+    expert_factors: Sequence[Tensor],
+    in_factor: Tensor,
+    core: Tensor,
+    out_factor: Tensor,
+    in_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The experts that Tucker's factors stand for: W (N_1, …, N_E, I, O) and their biases (N_1, …, N_E, O)."""
+    for factor in expert_factors:  # contracts the first mode and appends N_e, so that R_I and R_O lead in the end
+        core = torch.einsum("r...,nr->...n", core, factor)
+    W = torch.einsum("pq...,pi,oq->...io", core, in_factor, out_factor)
+    return W, None if in_bias is None else torch.einsum("pq...,p,oq->...o", core, in_bias, out_factor)
+
+
+def full_experts(
+    z: Tensor,
+    coefficients: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """The unfactorised μMoE (Eq. 1, 15), a dense MoE: ``y = Σ_n a_n (W_n act(z) + b_n)``, one expert after the other.
+
+    z (..., I), coefficients[e] (..., N_e), weight (N_1, …, N_E, O, I), bias (N_1, …, N_E, O) or None, giving (..., O).
+    The sum is kept in float32 for the half types. Nothing of size T·N·O is formed; autograd keeps every ``a_n z``.
+    """
+    z, joint = activate(z, activation), joint_coefficients(coefficients)
+    y = at_least_float32(z.new_zeros(*z.shape[:-1], weight.shape[-2]))
+    for a, expert in zip(joint.unbind(-1), weight.flatten(0, -3), strict=True):
+        y = y + F.linear(a.unsqueeze(-1) * z, expert)
+    return (y if bias is None else y + joint @ bias.flatten(0, -2)).to(z.dtype)
+
+
+def full_materialize(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The experts in Eq. 1's layout: W (N_1, …, N_E, I, O) and their biases (N_1, …, N_E, O)."""
+    return weight.mT, bias
+
+
+def mxd_experts(
+    h: Tensor, a: Tensor, expert_factors: Tensor, out_factor: Tensor, *, activation: str | None = None
+) -> Tensor:
+    """The Mixture of Decoders (arXiv 2505.21364): ``y = (C a) ⊙ (D act(h))``, so that ``W_n = diag(c_n) D``.
+
+    h (..., H), a (..., N) of `topk_gate`, expert_factors (N, O) = Cᵀ, out_factor (O, H) = D, giving (..., O).
+    """
+    return (a @ expert_factors) * F.linear(activate(h, activation), out_factor)
+
+
+def mxd_materialize(expert_factors: Tensor, out_factor: Tensor) -> Tensor:
+    """The decoders that C and D stand for: W (N, H, O)."""
+    return torch.einsum("no,oh->nho", expert_factors, out_factor)
+
+
 def moe(z: Tensor, coefficients: Sequence[Tensor], W: Tensor, bias: Tensor | None = None) -> Tensor:
     """Eq. 1, and Eq. 15 for E levels, on materialised experts: ``y = Σ_{n_1 … n_E} Π_e a_e[n_e] (W_n z + b_n)``.
 
     z (..., I), coefficients[e] (..., N_e), W (N_1, …, N_E, I, O), bias (N_1, …, N_E, O) or None, giving (..., O).
     """
-    joint = coefficients[0]
-    for a in coefficients[1:]:
-        joint = (joint.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
+    joint = joint_coefficients(coefficients)
     y = torch.einsum("...n,nio,...i->...o", joint, W.flatten(0, -3), z)
     return y if bias is None else y + joint @ bias.flatten(0, -2)
