@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -50,3 +50,178 @@ def _device_architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_properties(device).major
     return f"sm_{10 * min(max(major, 8), 10)}"
+
+
+# --- CP ---------------------------------------------------------------------------------------------------------------
+# BLOCK_K runs over whatever is contracted: I, N_e or O. GROUP_T blocks of tokens share their rows of z in L2.
+
+
+def _contraction(block_t: int, block_r: int, block_k: int, num_warps: int, num_stages: int, group_t: int = 8) -> Config:
+    blocks = {"BLOCK_T": block_t, "BLOCK_R": block_r, "BLOCK_K": block_k, "GROUP_T": group_t}
+    return Config(blocks, num_warps, num_stages)
+
+
+_CP_INTERPRETER = _contraction(16, 16, 16, 1, 1, group_t=2)
+# Small tiles, for float32, whose exact dots keep their operands in registers for want of tensor cores, and for sizes
+# that allow no 16-byte loads: every narrow load has a pointer and a mask of its own.
+_CP_SMALL = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(64, 64, 32, 8, 3),
+    "sm_90": _contraction(64, 64, 32, 8, 3),
+    "sm_100": _contraction(64, 64, 32, 8, 3),
+    "gfx942": _contraction(64, 64, 32, 4, 2),
+}
+# Two accumulators, and an activation on the way in: on sm_80 and gfx942 a BLOCK_K of 64 spills.
+_CP_FORWARD = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(128, 128, 32, 8, 4),
+    "sm_90": _contraction(128, 128, 64, 8, 3),
+    "sm_100": _contraction(128, 128, 64, 8, 3),
+    "gfx942": _contraction(128, 128, 32, 8, 2),
+}
+# One level needs one accumulator. More need dh ⊙ B, the product so far and the next level's: half the tile.
+_CP_BACKWARD = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(128, 128, 64, 8, 3),
+    "sm_90": _contraction(128, 128, 64, 8, 3),
+    "sm_100": _contraction(128, 128, 64, 8, 3),
+    "gfx942": _contraction(128, 128, 64, 8, 2),
+}
+_CP_BACKWARD_LEVELS = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(128, 64, 64, 8, 3),
+    "sm_90": _contraction(128, 64, 64, 8, 3),
+    "sm_100": _contraction(128, 64, 64, 8, 3),
+    "gfx942": _contraction(128, 64, 64, 8, 2),
+}
+
+
+def cp_forward_config(device: torch.device, dtype: torch.dtype, wide: bool) -> Config:
+    """For the kernel that computes h; `wide` is whether the sizes allow wide loads."""
+    return (_CP_FORWARD if wide and dtype != torch.float32 else _CP_SMALL)[architecture(device)]
+
+
+def cp_backward_config(device: torch.device, dtype: torch.dtype, levels: int, wide: bool) -> Config:
+    """For the kernel that computes dB and every level's dA; `wide` is whether the sizes allow wide loads."""
+    large = _CP_BACKWARD if levels == 1 else _CP_BACKWARD_LEVELS
+    return (large if wide and dtype != torch.float32 else _CP_SMALL)[architecture(device)]
+
+
+def activation_backward_config(device: torch.device) -> Config:
+    """For the elementwise pass over T×I."""
+    if architecture(device) == "interpreter":
+        return Config({"BLOCK_T": 16, "BLOCK_I": 32}, 1, 1)
+    return Config({"BLOCK_T": 4, "BLOCK_I": 512}, 4, 1)
+
+
+# --- Gate: rows of entmax, the fused gate, batch norm's columns -------------------------------------------------------
+# Size classes by the row length N that a tile holds, ascending: the first that holds a row is used. A row longer than
+# the last class of `_ROWS` is read in chunks of `_MULTI_PASS`, a gate wider than the last of its classes is not fused.
+
+
+def _rows(block_t: int, block_n: int, num_warps: int) -> Config:
+    return Config({"BLOCK_T": block_t, "BLOCK_N": block_n}, num_warps, num_stages=1)
+
+
+def _gate(block_t: int, block_n: int, block_i: int, num_warps: int, num_stages: int) -> Config:
+    return Config({"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_I": block_i}, num_warps, num_stages)
+
+
+_GPU_ROWS = (
+    _rows(64, 16, 4),
+    _rows(32, 32, 4),
+    _rows(32, 64, 4),
+    _rows(16, 128, 4),
+    _rows(8, 256, 4),
+    _rows(4, 512, 4),
+    _rows(2, 1024, 4),
+    _rows(1, 2048, 4),
+    _rows(1, 4096, 8),
+    _rows(1, 8192, 16),
+    _rows(1, 16384, 16),
+)
+_GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")
+_ROWS = {"interpreter": (_rows(4, 16, 1), _rows(2, 64, 1)), **dict.fromkeys(_GPUS, _GPU_ROWS)}
+_MULTI_PASS = {"interpreter": _rows(2, 32, 1), **dict.fromkeys(_GPUS, _rows(1, 4096, 8))}
+
+_SMALL_GATE = (_gate(16, 16, 16, 1, 1), _gate(16, 32, 16, 1, 1))
+_NARROW_GATE = (_gate(64, 16, 64, 4, 3), _gate(64, 32, 64, 4, 3), _gate(64, 64, 64, 4, 3), _gate(64, 128, 64, 4, 3))
+_WIDE_GATE = (_gate(32, 512, 32, 8, 3), _gate(16, 1024, 32, 8, 3))
+_GATE = {
+    "interpreter": _SMALL_GATE,
+    "sm_80": (*_NARROW_GATE, _gate(64, 256, 64, 16, 3), *_WIDE_GATE),
+    "sm_90": (*_NARROW_GATE, _gate(64, 256, 64, 8, 3), *_WIDE_GATE),
+    "sm_100": (*_NARROW_GATE, _gate(64, 256, 64, 8, 3), *_WIDE_GATE),
+    "gfx942": (*_NARROW_GATE, _gate(64, 256, 64, 8, 2), _gate(32, 512, 32, 8, 2), _gate(16, 1024, 16, 8, 2)),
+}
+_GPU_GATE_FLOAT32 = (
+    _gate(64, 16, 32, 4, 3),
+    _gate(64, 32, 32, 4, 3),
+    _gate(64, 64, 32, 4, 3),
+    _gate(32, 128, 32, 4, 3),
+    _gate(32, 256, 32, 8, 3),
+    _gate(16, 512, 16, 8, 3),
+)
+_GATE_FLOAT32 = {"interpreter": _SMALL_GATE, **dict.fromkeys(_GPUS, _GPU_GATE_FLOAT32)}
+
+
+def _holding(configs: tuple[Config, ...], N: int) -> Config | None:
+    return next((config for config in configs if config.blocks["BLOCK_N"] >= N), None)
+
+
+def entmax_rows_config(device: torch.device, N: int) -> tuple[Config, bool]:
+    """The configuration for rows of N, and whether they fit in registers."""
+    config = _holding(_ROWS[architecture(device)], N)
+    return config or _MULTI_PASS[architecture(device)], config is not None
+
+
+def gate_forward_config(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, N: int) -> Config | None:
+    """The configuration of the fused gate, or None where a row of N experts does not fit in registers."""
+    config = gate_backward_config(device, dtype, N)
+    if config is not None and weight_dtype != dtype:  # float32 master weights: tiles of twice the bytes, fewer of them
+        return replace(config, num_stages=min(config.num_stages, 2))
+    return config
+
+
+def gate_backward_config(device: torch.device, dtype: torch.dtype, N: int) -> Config | None:
+    """As `gate_forward_config`, for backward, where the weight has z's dtype."""
+    return _holding((_GATE_FLOAT32 if dtype == torch.float32 else _GATE)[architecture(device)], N)
+
+
+def columns_config(device: torch.device) -> Config:
+    """Tiles of what is summed over tokens, and of the elementwise kernel beside it."""
+    if architecture(device) == "interpreter":
+        return Config({"BLOCK_T": 8, "BLOCK_N": 16}, 1, 1)
+    return Config({"BLOCK_T": 32, "BLOCK_N": 64}, 4, 2)
+
+
+def merge_config(device: torch.device) -> Config:
+    """Columns whose partial results one program combines."""
+    return Config({"BLOCK_N": 16 if architecture(device) == "interpreter" else 128}, num_warps=1, num_stages=1)
+
+
+# --- Supports: sums and dot products over the K experts of a token, and over the tokens of an expert ------------------
+# One program for each token (or expert) and block of columns, whose tile of gathered rows is all in flight at once.
+
+
+def _gathered(device: torch.device, block: str) -> Config:
+    if architecture(device) == "interpreter":
+        return Config({block: 4, "BLOCK_R": 16}, 1, 1)
+    return Config({block: 16, "BLOCK_R": 256}, 4, 1)
+
+
+def gather_config(device: torch.device) -> Config:
+    """For a token's sum of rows, where 768 columns are three programs, and for its dot products with rows."""
+    return _gathered(device, "BLOCK_K")
+
+
+def segment_config(device: torch.device) -> Config:
+    """For an expert's sum over the pairs of tokens and values that chose it."""
+    return _gathered(device, "BLOCK_P")
+
+
+def product_backward_config(device: torch.device) -> Config:
+    """For the elementwise pass that turns dy into the gradients of both factors of y."""
+    if architecture(device) == "interpreter":
+        return Config({"BLOCK_T": 8, "BLOCK_R": 16}, 1, 1)
+    return Config({"BLOCK_T": 4, "BLOCK_R": 512}, 4, 1)

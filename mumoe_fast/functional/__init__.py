@@ -8,5 +8,15 @@ operator, or, with `impl="reference"`, the reference under ordinary autograd.
 
 from mumoe_fast.functional.experts import cp_experts, tr_experts, tucker_experts
 from mumoe_fast.functional.gate import batch_norm_gate, entmax, gate
+from mumoe_fast.functional.mxd import mxd_experts, topk_gate
 
-__all__ = ["batch_norm_gate", "cp_experts", "entmax", "gate", "tr_experts", "tucker_experts"]
+__all__ = [
+    "batch_norm_gate",
+    "cp_experts",
+    "entmax",
+    "gate",
+    "mxd_experts",
+    "topk_gate",
+    "tr_experts",
+    "tucker_experts",
+]

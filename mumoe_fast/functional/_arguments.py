@@ -53,3 +53,21 @@ def fitting(name: str, x: Tensor | None, shape: Sequence[int | None], z: Tensor)
 def tokens(x: Tensor) -> Tensor:
     """(..., I) as (T, I)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def gate_logits_arguments(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Check the arguments of ``z Gᵀ + b``; z as autocast wants it, beside which weight and bias may stay float32."""
+    check.floating("z", z)
+    (z,) = autocast(z)
+    check.floating("weight", weight)
+    check.shape("weight", weight, [None, None])
+    N, I = weight.shape
+    if N == 0:
+        raise ValueError(f"weight: expected at least one expert, got shape {tuple(weight.shape)}")
+    check.last_dimension("z", z, I, "in_features of weight")
+    master = torch.float32 if torch.is_autocast_enabled(z.device.type) else None
+    check.same_device_and_dtype("weight", weight, z, "z", also=master)
+    if bias is not None:
+        check.shape("bias", bias, [N])
+        check.same_device_and_dtype("bias", bias, weight, "weight", also=master)
+    return z

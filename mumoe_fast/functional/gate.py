@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mumoe_fast import _validation as check
 from mumoe_fast import ops, reference
-from mumoe_fast.functional._arguments import autocast
+from mumoe_fast.functional._arguments import gate_logits_arguments
 from mumoe_fast.ops.dispatch import choose
 
 __all__ = ["batch_norm_gate", "entmax", "gate"]
@@ -47,19 +47,7 @@ def entmax(x: Tensor, alpha: float = 1.5, *, impl: str = "auto") -> Tensor:
 
 def _check_gate(z: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, eps: float) -> Tensor:
     """Check a gate's arguments; z as autocast wants it, beside which the weight may stay float32."""
-    check.floating("z", z)
-    (z,) = autocast(z)
-    check.floating("weight", weight)
-    check.shape("weight", weight, [None, None])
-    N, I = weight.shape
-    if N == 0:
-        raise ValueError(f"weight: expected at least one expert, got shape {tuple(weight.shape)}")
-    check.last_dimension("z", z, I, "in_features of weight")
-    master = torch.float32 if torch.is_autocast_enabled(z.device.type) else None
-    check.same_device_and_dtype("weight", weight, z, "z", also=master)
-    if bias is not None:
-        check.shape("bias", bias, [N])
-        check.same_device_and_dtype("bias", bias, weight, "weight", also=master)
+    z = gate_logits_arguments(z, weight, bias)
     check.alpha(alpha)
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps!r}")

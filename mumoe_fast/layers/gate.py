@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mumoe_fast import _validation as check
-from mumoe_fast.functional import batch_norm_gate, gate
+from mumoe_fast.functional import batch_norm_gate, gate, topk_gate
+from mumoe_fast.layers.experts import uniform_
 
 
 class RunningStatistics(nn.Module):
@@ -51,11 +52,18 @@ class ExpertGate(nn.Module):
 
     The weights start at zero, as the paper authors' do, so that every expert begins with coefficient 1/N.
 
+    With `activation="topk"` the coefficients are those of the Mixture of Decoders (arXiv 2505.21364), ``a_e =
+    topk(relu(G_eᵀ z + b_e), k)``: at most k of a row are positive, without summing to one, and `support` gives those
+    alone. Its weights and biases start as `nn.Linear`'s, since relu has no gradient at zero.
+
     Args:
         in_features: I.
         num_experts: N, or one N_e per hierarchy level.
+        activation: of the logits: "entmax" or "topk".
+        k: how many coefficients top-k keeps, at most the experts of every level.
         norm: over the logits, without affine parameters: "layer" (over the experts), "batch" (over the tokens, with
-            running statistics for evaluation, synchronised across ranks) or "none".
+            running statistics for evaluation, synchronised across ranks) or "none". None is "layer" for entmax and
+            "none" for top-k, which has no other.
         alpha: entmax's, in [1, 2]; the paper's is 1.5.
         eps: added to the norm's variance.
         process_group: the ranks that share batch norm's statistics; None is the default group.
@@ -65,6 +73,7 @@ class ExpertGate(nn.Module):
 
     Parameters:
         weights[e]: (N_e, I).
+        biases[e]: (N_e,), with top-k only.
 
     Raises:
         TypeError, ValueError: an argument is not as above, by name.
@@ -75,7 +84,9 @@ class ExpertGate(nn.Module):
         in_features: int,
         num_experts: int | Sequence[int],
         *,
-        norm: str = "layer",
+        activation: str = "entmax",
+        k: int = 32,
+        norm: str | None = None,
         alpha: float = 1.5,
         eps: float = 1e-5,
         process_group: dist.ProcessGroup | None = None,
@@ -85,15 +96,26 @@ class ExpertGate(nn.Module):
     ) -> None:
         super().__init__()
         check.positive("in_features", in_features)
-        check.one_of("norm", norm, check.NORMS)
+        check.one_of("activation", activation, ("entmax", "topk"))
+        if norm is None:
+            norm = "layer" if activation == "entmax" else "none"
+        check.one_of("norm", norm, check.NORMS if activation == "entmax" else ("none",))
         check.alpha(alpha)
         check.impl(impl)
         self.in_features = in_features
         self.num_experts = check.levels(num_experts)
+        if activation == "topk":
+            check.positive("k", k)
+            if k > min(self.num_experts):
+                raise ValueError(f"k: expected at most {min(self.num_experts)}, the experts of a level, got {k}")
+        self.activation, self.k = activation, k
         self.norm, self.alpha, self.eps, self.impl = norm, alpha, eps, impl
         self.process_group = process_group
         self.weights = nn.ParameterList(
             torch.empty(N, in_features, device=device, dtype=dtype) for N in self.num_experts
+        )
+        self.biases = nn.ParameterList(
+            torch.empty(N, device=device, dtype=dtype) for N in self.num_experts if activation == "topk"
         )
         self.norms = nn.ModuleList(
             RunningStatistics(N, device=device, dtype=dtype) for N in self.num_experts if norm == "batch"
@@ -101,16 +123,33 @@ class ExpertGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zero weights: every expert starts with the same coefficient."""
+        """Zero weights: every expert starts with the same coefficient. For top-k, what `nn.Linear` starts with."""
         for weight in self.weights:
-            nn.init.zeros_(weight)
+            if self.activation == "entmax":
+                nn.init.zeros_(weight)
+            else:
+                uniform_(weight, self.in_features)
+        for bias in self.biases:
+            uniform_(bias, self.in_features)
         for statistics in self.norms:
             assert isinstance(statistics, RunningStatistics)
             statistics.reset_running_stats()
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
-        """z (..., I) to one (..., N_e) per level, each row summing to one."""
+        """z (..., I) to one (..., N_e) per level, each row of entmax summing to one."""
+        if self.activation == "topk":
+            return tuple(
+                values.new_zeros(*values.shape[:-1], N).scatter(-1, indices, values)
+                for N, (values, indices) in zip(self.num_experts, self.support(z), strict=True)
+            )
         return tuple(self._level(z, e) for e in range(len(self.num_experts)))
+
+    def support(self, z: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """z (..., I) to top-k's values and their experts' indices per level, each (..., k): see `topk_gate`."""
+        if self.activation != "topk":
+            raise RuntimeError(f"support: expected a gate with activation='topk', got {self.activation!r}")
+        levels = zip(self.weights, self.biases, strict=True)
+        return tuple(topk_gate(z, weight, bias, k=self.k, impl=self.impl) for weight, bias in levels)
 
     def _level(self, z: Tensor, e: int) -> Tensor:
         weight = self.weights[e]
@@ -132,6 +171,8 @@ class ExpertGate(nn.Module):
     def extra_repr(self) -> str:
         """The sizes and options, as `nn.Linear` shows its own."""
         experts = self.num_experts[0] if len(self.num_experts) == 1 else self.num_experts
+        if self.activation == "topk":
+            return f"in_features={self.in_features}, num_experts={experts}, topk, k={self.k}, impl={self.impl!r}"
         return (
             f"in_features={self.in_features}, num_experts={experts}, norm={self.norm!r}, alpha={self.alpha}, "
             f"impl={self.impl!r}"

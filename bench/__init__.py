@@ -1,0 +1,1 @@
+"""Everything that measures or shows: workloads, measurements, reports and the command line."""

@@ -1,0 +1,95 @@
+"""Evidence without a GPU: compile every kernel for every architecture, read the binaries, count the bytes, judge.
+
+    python -m mumoe_fast.bench static            # the whole grid
+    python -m mumoe_fast.bench static --quick    # the column that `make test` runs: sm_90, bfloat16
+
+`bytes` defines what is counted, `rules` what must hold, `cases` what is checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+
+if TYPE_CHECKING:
+    from mumoe_fast.bench.static.report import Report
+
+DTYPES = ("float32", "float16", "bfloat16")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+QUICK_DTYPE, QUICK_ARCHITECTURE = "bfloat16", "sm_90"
+
+
+def run(
+    dtypes: Sequence[str] = DTYPES,
+    architectures: Sequence[str] = ARCHITECTURES,
+    *,
+    processes: int | None = None,
+    on_start: Callable[[int], None] = lambda total: None,
+    on_done: Callable[[], None] = lambda: None,
+) -> Report:
+    """Compile the grid and count bytes; `on_start` gets the number of steps, `on_done` is called after each."""
+    from mumoe_fast.bench.static.bytes import count
+    from mumoe_fast.bench.static.cases import cases
+    from mumoe_fast.bench.static.compile import collect, compile_all
+    from mumoe_fast.bench.static.report import Report
+
+    types = [getattr(torch, name) for name in dtypes]
+    jobs = collect(cases(types), architectures)
+    on_start(len(jobs) + len(types))
+    with ThreadPoolExecutor(1) as thread:  # each count is a process of its own, beside the compilers
+        counts = [thread.submit(count, dtype) for dtype in types]
+        for counting in counts:
+            counting.add_done_callback(lambda _: on_done())
+        results = compile_all(jobs, processes=processes, on_done=on_done)
+        return Report(results, [traffic for counting in counts for traffic in counting.result()])
+
+
+def static(
+    quick: Annotated[bool, typer.Option(help="Only sm_90 in bfloat16.")] = False,
+    dtype: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(DTYPES)}; all.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(ARCHITECTURES)}; all.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Compilers at a time; one per core.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every finding as JSON.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables as Markdown.")] = None,
+) -> None:
+    """Compile every kernel for GPUs that need not be here, and check registers, instructions and bytes."""
+    if find_spec("triton") is None:
+        raise typer.BadParameter("Triton is not installed: pip install 'mumoe-fast[triton]'")
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from mumoe_fast.bench.static.report import markdown, print_report
+
+    dtypes = _chosen("--dtype", dtype, DTYPES, [QUICK_DTYPE] if quick else DTYPES)
+    architectures = _chosen("--target", target, ARCHITECTURES, [QUICK_ARCHITECTURE] if quick else ARCHITECTURES)
+    console = Console()
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("compile and count", total=None)
+        report = run(
+            dtypes,
+            architectures,
+            processes=processes,
+            on_start=lambda total: bar.update(task, total=total),
+            on_done=lambda: bar.advance(task),
+        )
+    print_report(report, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_json(), indent=1))
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(report))
+    if report.violations:
+        raise typer.Exit(1)
+
+
+def _chosen(option: str, given: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> Sequence[str]:
+    for name in given or ():
+        if name not in known:
+            raise typer.BadParameter(f"{option}: expected one of {', '.join(known)}, got {name}")
+    return given or default

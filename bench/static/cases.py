@@ -1,0 +1,210 @@
+"""What is checked, as data: workloads, and one row per launcher with the shapes of its tensors.
+
+A shape is written in the library's letters: "T N" is (tokens, experts). In a list there is one tensor per hierarchy
+level, and N means that level's number of experts. `float32` after a shape overrides the workload's dtype. To check a
+new kernel, add a row to `OPERATORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mumoe_fast.kernels import batch_norm, cp, entmax, gate
+
+Shape = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes that a launcher is given, and the activation on the expert layer's input."""
+
+    name: str
+    T: int
+    I: int
+    O: int
+    R: int
+    N: tuple[int, ...]
+    activation: str = "none"
+
+    def sizes(self, level: int = 0) -> dict[str, int]:
+        """The letters' values at a hierarchy level."""
+        return {"T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
+
+
+def _gpt2(rank: int) -> tuple[Workload, Workload]:
+    up = Workload(f"GPT-2 up, R {rank}", T=24_576, I=768, O=3072, R=rank, N=(256,))
+    return up, replace(up, name=f"GPT-2 down, R {rank}", I=3072, O=768, activation="gelu")
+
+
+WORKLOADS = (
+    *_gpt2(552),  # matched parameters: a multiple of 8
+    *_gpt2(556),  # the paper's: rows of bfloat16 are no multiple of 16 bytes
+    *_gpt2(555),
+    Workload("Mixer S/16 token up", T=32_768, I=196, O=256, R=147, N=(64,)),
+    Workload("Mixer S/16 token down", T=32_768, I=256, O=196, R=147, N=(64,), activation="gelu"),
+    Workload("Mixer S/16 channel up", T=12_544, I=512, O=2048, R=384, N=(64,)),
+    Workload("Mixer S/16 channel down", T=12_544, I=2048, O=512, R=384, N=(64,), activation="gelu"),
+    Workload("final layer, N 2,048", T=4096, I=768, O=1000, R=512, N=(2048,)),
+    Workload("final layer, N 16,384", T=4096, I=768, O=1000, R=512, N=(16_384,)),
+    Workload("final layer, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4)),
+    Workload("longest row, N 65,536", T=4096, I=768, O=0, R=0, N=(65_536,)),
+)
+
+# The same kernels on few tiles, for the interpreter: bytes are counted with the GPU's own blocks.
+SMALL_WORKLOADS = (
+    Workload("small", T=192, I=256, O=272, R=264, N=(256,)),
+    Workload("small, four levels", T=160, I=128, O=144, R=136, N=(128, 4, 4, 4), activation="gelu"),
+    Workload("small, N 2,048", T=16, I=64, O=64, R=64, N=(2048,)),
+    Workload("small, N 20,480", T=4, I=64, O=0, R=0, N=(20_480,)),  # more than registers hold
+)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One launcher: its tensors' shapes, its other arguments, and the workloads on which it makes sense.
+
+    An option that is a function is called with the case.
+    """
+
+    launcher: Callable[..., Any]
+    tensors: Mapping[str, Shape | None]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    fits: Callable[[Workload], bool] = lambda workload: True
+
+    @property
+    def name(self) -> str:
+        """The launcher's name with what distinguishes this row."""
+        return f"{self.launcher.__name__}{f' ({self.label})' if self.label else ''}"
+
+    @property
+    def takes_all_levels(self) -> bool:
+        """Whether one launch covers every hierarchy level; else each level is launched by itself."""
+        return any(not isinstance(shape, str | None) for shape in self.tensors.values())
+
+
+def _has_experts(workload: Workload) -> bool:
+    return workload.R > 0
+
+
+def _starts_a_block(workload: Workload) -> bool:
+    """The gate runs on the block's input, once for both expert layers."""
+    return workload.activation == "none"
+
+
+def _gpt2_experts(workload: Workload) -> bool:
+    return workload.name.startswith("GPT-2")
+
+
+def _matched_gpt2(workload: Workload) -> bool:
+    return workload is WORKLOADS[0]
+
+
+_CP_FACTORS: dict[str, Shape | None] = {
+    "z": "T I",
+    "coefficients": ["T N"],
+    "expert_factors": ["N R"],
+    "in_factor": "R I",
+    "in_bias": "R",
+    "out_factor": "O R",
+}
+
+
+def _activation(case: Case) -> str:
+    return case.workload.activation
+
+
+def _dtype(case: Case) -> torch.dtype:
+    return case.dtype
+
+
+_ENTMAX_FORWARD: dict[str, Shape | None] = {"x": "T N"}
+_ENTMAX_BACKWARD: dict[str, Shape | None] = {"da": "T N", "a": "T N"}
+_GATE: dict[str, Shape | None] = {"z": "T I", "weight": "N I", "bias": None}
+_LAYER_NORM = {"norm": "layer", "alpha": 1.5, "eps": 1e-5}
+_NO_NORM = {**_LAYER_NORM, "norm": "none"}
+_BATCH: dict[str, Shape | None] = {"s": "T N float32", "mean": "N float32", "rstd": "N float32"}
+
+OPERATORS: tuple[Operator, ...] = (
+    Operator(entmax.entmax_forward, _ENTMAX_FORWARD, {"alpha": 1.5}, fits=_starts_a_block),
+    Operator(entmax.entmax_backward, _ENTMAX_BACKWARD, {"alpha": 1.5}, fits=_starts_a_block),
+    *(
+        Operator(launcher, tensors, {"alpha": alpha}, f"α = {alpha}", _matched_gpt2)
+        for launcher, tensors in ((entmax.entmax_forward, _ENTMAX_FORWARD), (entmax.entmax_backward, _ENTMAX_BACKWARD))
+        for alpha in (1.0, 1.3, 2.0)
+    ),
+    Operator(gate.gate_forward, _GATE, _LAYER_NORM, fits=_starts_a_block),
+    Operator(gate.gate_forward, {**_GATE, "weight": "N I float32"}, _LAYER_NORM, "autocast", _matched_gpt2),
+    Operator(gate.gate_forward, {**_GATE, "bias": "N"}, _NO_NORM, "folded batch norm", _starts_a_block),
+    Operator(gate.gate_backward, {**_ENTMAX_BACKWARD, **_GATE}, _LAYER_NORM, fits=_starts_a_block),
+    Operator(gate.gate_backward, {**_ENTMAX_BACKWARD, **_GATE, "bias": "N"}, _NO_NORM, "no norm", _starts_a_block),
+    Operator(batch_norm.batch_norm_statistics, {"s": "T N float32"}, fits=_starts_a_block),
+    Operator(
+        batch_norm.batch_norm_statistics_backward,
+        {"dmean": "N float32", "dvar": "N float32", "s": "T N float32", "mean": "N float32"},
+        fits=_starts_a_block,
+    ),
+    Operator(batch_norm.batch_entmax_forward, _BATCH, {"alpha": 1.5, "dtype": _dtype}, fits=_starts_a_block),
+    Operator(batch_norm.batch_entmax_backward, {**_ENTMAX_BACKWARD, **_BATCH}, {"alpha": 1.5}, fits=_starts_a_block),
+    Operator(cp.cp_forward, _CP_FACTORS, {"activation": _activation, "save": True}, fits=_has_experts),
+    Operator(cp.cp_forward, _CP_FACTORS, {"activation": _activation, "save": False}, "inference", _gpt2_experts),
+    Operator(
+        cp.cp_backward,
+        {"dy": "T O", **_CP_FACTORS, "A": "T R", "B": "T R"},
+        {"activation": _activation, "needs": cp.CPNeeds()},
+        fits=_has_experts,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launcher on a workload in a dtype."""
+
+    operator: Operator
+    workload: Workload
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """The launcher and the workload."""
+        return f"{self.operator.name}: {self.workload.name}"
+
+    def launch(self, device: str) -> None:
+        """Call the launcher: on the meta device while launches are recorded, or on the CPU in the interpreter."""
+        options = {name: value(self) if callable(value) else value for name, value in self.operator.options.items()}
+        for level in range(1 if self.operator.takes_all_levels else len(self.workload.N)):
+            tensors = {
+                name: self._argument(name, shape, level, device) for name, shape in self.operator.tensors.items()
+            }
+            self.operator.launcher(**tensors, **options)
+
+    def _argument(self, name: str, shape: Shape | None, level: int, device: str) -> Tensor | list[Tensor] | None:
+        if shape is None:
+            return None
+        if isinstance(shape, str):
+            return self._tensor(name, shape, level, device)
+        return [self._tensor(name, one, each, device) for each in range(len(self.workload.N)) for one in shape]
+
+    def _tensor(self, name: str, shape: str, level: int, device: str) -> Tensor:
+        letters = [word for word in shape.split() if word != "float32"]
+        dtype = torch.float32 if "float32" in shape else self.dtype
+        sizes = self.workload.sizes(level)
+        values = torch.empty([sizes[letter] for letter in letters], device=device, dtype=dtype)
+        if device == "meta":
+            return values
+        values = values.normal_(generator=torch.Generator().manual_seed(len(name)))
+        return values.softmax(-1) if name in ("a", "coefficients") else values.abs_() if name == "rstd" else values
+
+
+def cases(dtypes: Sequence[torch.dtype], *, small: bool = False) -> Iterator[Case]:
+    """Every launcher on every workload that fits it."""
+    for operator in OPERATORS:
+        for workload in SMALL_WORKLOADS if small else WORKLOADS:
+            if operator.fits(workload):
+                yield from (Case(operator, workload, dtype) for dtype in dtypes)

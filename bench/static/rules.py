@@ -1,0 +1,149 @@
+"""What must hold of every compiled kernel and of its bytes; exceptions are data, with their reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from mumoe_fast.bench.static.bytes import Traffic
+from mumoe_fast.bench.static.compile import Result
+from mumoe_fast.bench.static.occupancy import ARCHITECTURES
+from mumoe_fast.bench.static.sass import Binary
+
+WIDE_SHARE = 0.5  # of the bytes that a kernel's load instructions move; row statistics and biases are narrow by nature
+EXCESS = 1.3
+WARPGROUP_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Exemption:
+    """Where a rule does not hold, and why. Empty fields mean everywhere."""
+
+    rule: str
+    kernel: str
+    reason: str
+    architectures: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+
+
+_BATCH_STATISTICS = (
+    "batch norm's mean and σ⁻¹, 8 bytes a column, are read by every program: where a program has one long row they are "
+    "as many bytes as the row, but the same for all programs, and stay in L1 and L2"
+)
+
+EXEMPTIONS = (
+    Exemption(
+        "bytes",
+        "_rows_multi_pass_kernel",
+        "a row that registers cannot hold is read again, mostly from L2, for its norm and at every step of the solver",
+    ),
+    Exemption(
+        "bytes",
+        "_rows_backward_multi_pass_kernel",
+        "a row that registers cannot hold is read for its sums, mostly from L2 again for its result, and for its norm",
+    ),
+    Exemption("bytes", "_rows_kernel", _BATCH_STATISTICS, cases=("batch_entmax_forward: small, N 2,048",)),
+    Exemption("bytes", "_rows_backward_kernel", _BATCH_STATISTICS, cases=("batch_entmax_backward: small, N 2,048",)),
+)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A rule that does not hold, where, by how much, and the reason if there is one."""
+
+    rule: str
+    kernel: str
+    architecture: str
+    dtype: str
+    case: str
+    detail: str
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.kernel} on {self.architecture}, {self.dtype}, {self.case}"
+        return f"{self.rule}: {where}: {self.detail}{f' (allowed: {self.reason})' if self.reason else ''}"
+
+
+def _resource_rules(binary: Binary, architecture: str) -> Iterator[tuple[str, str]]:
+    limits = ARCHITECTURES[architecture]
+    if limits.nvidia and binary.spilled:
+        yield "no spills", f"{binary.spilled} bytes a thread with {binary.registers} registers"
+    if binary.shared > limits.shared_per_block:
+        yield "shared memory", f"{binary.shared} bytes of {limits.shared_per_block}"
+
+
+def _tensor_core_rules(binary: Binary, architecture: str) -> Iterator[tuple[str, str]]:
+    """Dots of half types must have become tensor-core instructions, on sm_90 of a warp group where a tile is tall."""
+    if not any(dot.half for dot in binary.dots):
+        return
+    if not binary.tensor_core or any(
+        dot.half and (dot.layout or "").startswith("blocked") for dot in binary.plain_dots
+    ):
+        yield "tensor cores", f"a half-type dot runs on ordinary cores; instructions {dict(binary.tensor_core)}"
+    tall = [dot for dot in binary.dots if dot.half and dot.rows >= WARPGROUP_ROWS]
+    if architecture == "sm_90" and tall:
+        left = [dot.rows for dot in binary.plain_dots if dot.half and dot.rows >= WARPGROUP_ROWS]
+        if left or "wgmma" not in binary.tensor_core:
+            yield "wgmma", f"tiles of {left or [dot.rows for dot in tall]} rows without it; {dict(binary.tensor_core)}"
+
+
+def _load_rules(binary: Binary, aligned: bool) -> Iterator[tuple[str, str]]:
+    if aligned and binary.wide_share < WIDE_SHARE:
+        widths = ", ".join(f"{count}×{width} B" for width, count in binary.loads.items())
+        yield "16-byte loads", f"{binary.wide_share:.0%} of the bytes; loads {widths}"
+
+
+def _excuse(violation: Violation) -> Exemption | None:
+    for one in EXEMPTIONS:
+        if (
+            (one.rule, one.kernel) == (violation.rule, violation.kernel)
+            and (not one.architectures or violation.architecture in one.architectures)
+            and (not one.dtypes or violation.dtype in one.dtypes)
+            and (not one.cases or violation.case in one.cases)
+        ):
+            return one
+    return None
+
+
+def _with_reason(violation: Violation) -> Violation:
+    exemption = _excuse(violation)
+    return violation if exemption is None else Violation(**{**vars(violation), "reason": exemption.reason})
+
+
+def judge_binary(result: Result) -> list[Violation]:
+    """Apply the rules to one compilation, for each of its uses."""
+    job, found = result.job, []
+    for use in job.uses:
+        if result.binary is None:
+            broken = [("compiles", str(result.error))]
+        else:
+            broken = [
+                *_resource_rules(result.binary, job.architecture),
+                *_tensor_core_rules(result.binary, job.architecture),
+                *_load_rules(result.binary, use.aligned),
+            ]
+        found += [
+            _with_reason(Violation(rule, job.kernel, job.architecture, use.dtype, use.case, detail))
+            for rule, detail in broken
+        ]
+    return found
+
+
+def judge_bytes(traffics: Iterable[Traffic], architecture: str) -> list[Violation]:
+    """Apply the byte rule to every launch."""
+    return [
+        _with_reason(
+            Violation(
+                "bytes",
+                traffic.kernel,
+                architecture,
+                traffic.dtype,
+                traffic.case,
+                f"{traffic.excess:.2f} times the least "
+                f"(requested {traffic.requested}, per program {traffic.per_program}, distinct {traffic.distinct})",
+            )
+        )
+        for traffic in traffics
+        if traffic.excess > EXCESS
+    ]

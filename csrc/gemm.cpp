@@ -1,0 +1,103 @@
+// GEMMs: at::mm, which is public, or in float32 oneDNN's linear layer, which is private and faster than MKL on machines
+// that are not Intel's. `set_gemm` chooses; the choice, its measurement and its check are the caller's.
+#include "gemm.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <atomic>
+
+namespace mumoe {
+
+namespace {
+
+std::atomic<bool> use_onednn{false};
+
+// oneDNN falls into a reference implementation for anything but dense matrices and their transposes.
+bool is_dense(const Tensor& x) {
+  int64_t rows = x.size(0), columns = x.size(1);
+  return (x.stride(1) == 1 && x.stride(0) == columns) || (x.stride(0) == 1 && x.stride(1) == rows);
+}
+
+Tensor dense(const Tensor& x) {
+  return is_dense(x) ? x : torch::stable::contiguous(x);
+}
+
+Tensor onednn_linear(const Tensor& X, const Tensor& W) {
+  namespace abi = torch::stable::detail;
+  const std::vector<double> no_scalars;
+  std::array<StableIValue, 6> stack{
+      abi::from(X),
+      abi::from(W),
+      abi::from(std::nullopt),
+      abi::from(std::string("none")),
+      abi::from(no_scalars),
+      abi::from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+bool runs_on_onednn(const Tensor& X, const Tensor& Y) {
+  return use_onednn && X.scalar_type() == ScalarType::Float && X.size(0) > 1 && X.numel() > 0 && Y.numel() > 0;
+}
+
+void set_gemm(std::string name) {
+  STD_TORCH_CHECK(name == "aten" || name == "onednn", "set_gemm: expected aten or onednn, got ", name);
+  use_onednn = name == "onednn";
+}
+
+std::string get_gemm() {
+  return use_onednn ? "onednn" : "aten";
+}
+
+std::string instruction_set() {
+  return rows().name;
+}
+
+}  // namespace
+
+Tensor gemm(const Tensor& X, const Tensor& Y) {
+  if (runs_on_onednn(X, Y)) return onednn_linear(dense(X), transposed(dense(Y)));
+  Tensor out = empty({X.size(0), Y.size(1)}, X.scalar_type());
+  gemm_into(out, X, Y);
+  return out;
+}
+
+void gemm_into(const Tensor& out, const Tensor& X, const Tensor& Y) {
+  if (runs_on_onednn(X, Y)) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_copy_(out.get(), onednn_linear(dense(X), transposed(dense(Y))).get(), /*non_blocking=*/0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), X.get(), Y.get()));
+  }
+}
+
+Tensor converted(const Tensor& x, ScalarType dtype) {
+  if (x.scalar_type() == dtype) return x;
+  Tensor dense_x = with_dense_rows(x), out = empty({x.size(0), x.size(1)}, dtype);
+  int64_t columns = x.size(1);
+  parallel(x.size(0), columns, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      if (dtype == ScalarType::Float) {
+        rows().half.widen(matrix<bfloat16>(dense_x)[t], columns, matrix<float>(out)[t]);
+      } else {
+        rows().half.narrow(matrix<float>(dense_x)[t], columns, matrix<bfloat16>(out)[t]);
+      }
+    }
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mumoe_native, library) {
+  library.def("set_gemm(str name) -> ()");
+  library.def("get_gemm() -> str");
+  library.def("instruction_set() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mumoe_native, CompositeExplicitAutograd, library) {
+  library.impl("set_gemm", TORCH_BOX(&set_gemm));
+  library.impl("get_gemm", TORCH_BOX(&get_gemm));
+  library.impl("instruction_set", TORCH_BOX(&instruction_set));
+}
+
+}  // namespace mumoe

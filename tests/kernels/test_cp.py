@@ -1,0 +1,176 @@
+"""CP's kernels against float64 truth. In the interpreter a block is 16 wide and two blocks of tokens make a group."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from mumoe_fast.kernels.configs import target_architecture
+from mumoe_fast.kernels.cp import CPNeeds, cp_backward, cp_forward
+from mumoe_fast.testing.problems_cp import CPProblem, cp_expected, cp_problem
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")
+NAMES = {
+    "z": ("z",),
+    "coefficients": ("a_0", "a_1"),
+    "expert_factors": ("U_0", "U_1"),
+    "in_factor": ("in_factor",),
+    "in_bias": ("in_bias",),
+    "out_factor": ("out_factor",),
+}
+
+
+def forward(problem: CPProblem, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    return cp_forward(
+        problem.z,
+        problem.coefficients,
+        problem.expert_factors,
+        problem.in_factor,
+        problem.in_bias,
+        problem.out_factor,
+        activation=problem.activation,
+        save=save,
+    )
+
+
+def backward(problem: CPProblem, A: Tensor, B: Tensor, needs: CPNeeds | None = None) -> dict[str, Tensor]:
+    dz, da, d_factors, d_in_factor, d_in_bias, d_out_factor = cp_backward(
+        problem.dy,
+        problem.z,
+        problem.coefficients,
+        problem.expert_factors,
+        problem.in_factor,
+        problem.in_bias,
+        problem.out_factor,
+        A,
+        B,
+        activation=problem.activation,
+        needs=needs or CPNeeds(),
+    )
+    named = {"dz": dz, "din_factor": d_in_factor, "din_bias": d_in_bias, "dout_factor": d_out_factor}
+    for e, (d_coefficients, d_factor) in enumerate(zip(da, d_factors, strict=True)):
+        named |= {f"da_{e}": d_coefficients, f"dU_{e}": d_factor}
+    return {name: gradient for name, gradient in named.items() if gradient is not None}
+
+
+def results(problem: CPProblem) -> dict[str, Tensor]:
+    y, A, B = forward(problem)
+    return {"y": y} | backward(problem, A, B)
+
+
+def check(problem: CPProblem) -> None:
+    with target_architecture("interpreter"):
+        got = results(problem)
+    assert all(x.dtype == problem.dtype for x in got.values())
+    cp_expected(problem).accept(got)
+
+
+@pytest.mark.parametrize("size", [15, 16, 17])
+@pytest.mark.parametrize("letter", ["T", "I", "O", "N", "R"])
+def test_one_under_at_and_over_a_block(letter: str, size: int, device: torch.device) -> None:
+    sizes = {"T": 5, "I": 9, "O": 7, "N": 6, "R": 8} | {letter: size}
+    check(cp_problem(sizes["T"], sizes["I"], sizes["O"], (sizes["N"],), sizes["R"], activation="gelu", device=device))
+
+
+@pytest.mark.parametrize("T", [0, 1, 33, 49])
+def test_token_counts(T: int, device: torch.device) -> None:
+    check(cp_problem(T, 20, 12, (10,), 24, activation="silu", device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("N", [(19,), (6, 17), (3, 1, 5), (2, 3, 2, 4)])
+def test_levels(N: tuple[int, ...], bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    check(cp_problem(18, 23, 11, N, 21, bias=bias, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str, dtype: torch.dtype, device: torch.device) -> None:
+    check(cp_problem(18, 35, 11, (12,), 21, activation=activation, dtype=dtype, device=device))
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.t().contiguous().t() if x.ndim == 2 else x
+
+
+def strided(x: Tensor) -> Tensor:
+    """Every second column of every third row of something larger."""
+    if x.ndim == 1:
+        return x
+    larger = x.new_full((3 * x.shape[0], 2 * x.shape[1]), float("nan"))
+    larger[::3, ::2] = x
+    return larger[::3, ::2]
+
+
+def expanded(x: Tensor) -> Tensor:
+    """The first row for every token."""
+    return x[:1].expand_as(x) if x.ndim == 2 else x
+
+
+@pytest.mark.parametrize("layout", [transposed, strided, expanded])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_any_strides(layout: object, activation: str, device: torch.device) -> None:
+    problem = cp_problem(18, 24, 19, (6, 17), 21, activation=activation, device=device).map(layout)  # type: ignore[arg-type]
+    assert not problem.z.is_contiguous()
+    assert not problem.dy.is_contiguous()
+    check(problem)
+
+
+@pytest.mark.parametrize("needed", [*CPNeeds._fields, ("z", "in_bias"), ("in_factor", "out_factor"), ()])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_only_what_is_needed(needed: str | tuple[str, ...], activation: str, device: torch.device) -> None:
+    needed = (needed,) if isinstance(needed, str) else needed
+    problem = cp_problem(17, 18, 9, (5, 4), 18, activation=activation, device=device)
+    _, A, B = forward(problem)
+    got = backward(problem, A, B, CPNeeds(**{field: field in needed for field in CPNeeds._fields}))
+    names = {f"d{name}" for field in needed for name in NAMES[field]}
+    assert got.keys() == names
+    cp_expected(problem, only=names).accept(got)
+
+
+def test_nothing_is_saved_without_gradients(device: torch.device) -> None:
+    problem = cp_problem(17, 18, 9, (5,), 18, device=device)
+    y, A, B = forward(problem, save=False)
+    assert A.shape == B.shape == (0,)
+    assert torch.equal(y, forward(problem)[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_bad_token_poisons_its_own_rows_only(activation: str, value: float, device: torch.device) -> None:
+    problem = cp_problem(20, 18, 9, (5, 4), 18, activation=activation, device=device)
+    clean = results(problem)
+    z = problem.z.clone()
+    z[3, 7] = z[18, 0] = value
+    poisoned = results(replace(problem, z=z))
+    others = [t for t in range(20) if t not in (3, 18)]
+    for name in ("y", "dz"):
+        assert torch.equal(poisoned[name][others], clean[name][others])
+    if value != value:
+        assert poisoned["y"][[3, 18]].isnan().all()
+        assert poisoned["da_0"][[3, 18]].isnan().all()
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_twice_gives_the_same_bits_and_changes_no_argument(activation: str, device: torch.device) -> None:
+    problem = cp_problem(34, 18, 9, (5, 4), 18, activation=activation, device=device)
+    before = problem.map(Tensor.clone)
+    y, A, B = forward(problem)
+    saved = (A.clone(), B.clone())
+    first, second = backward(problem, A, B), backward(problem, A, B)
+    assert torch.equal(y, forward(problem)[0])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(A, saved[0])
+    assert torch.equal(B, saved[1])
+    for name, x in problem.inputs().items():
+        assert torch.equal(x, before.inputs()[name])
+    assert torch.equal(problem.dy, before.dy)
