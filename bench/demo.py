@@ -84,7 +84,7 @@ def run(
     if steps is None:
         console.print("Timing a few steps …")
         steps = affordable_steps(start(training), seconds)
-    training = replace(training, steps=steps, evaluate_every=max(1, steps // 8))
+    training = replace(training, steps=steps, evaluate_every=math.ceil(steps / 8))
     trainers = start(training)
     tokens = training.batch * model.context
     console.print(

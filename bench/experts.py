@@ -40,7 +40,7 @@ def collect_coefficients(model: GPT, windows: Tensor, layer: int, batch: int = 1
     collected: list[Tensor] = []
 
     def keep(gate: nn.Module, arguments: object, coefficients: tuple[Tensor, ...]) -> None:
-        collected.append(coefficients[0].roll(1, 0).flatten(0, -2).float().cpu())
+        collected.append(coefficients[0].flatten(0, -2).float().cpu())
 
     handle = gates[0].register_forward_hook(keep)
     model.eval()

@@ -94,6 +94,13 @@ _CP_BACKWARD_LEVELS = {
     "sm_100": _contraction(128, 64, 64, 8, 3),
     "gfx942": _contraction(128, 64, 64, 8, 2),
 }
+_CP_BACKWARD_LEVELS_SMALL = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(64, 32, 32, 8, 3),
+    "sm_90": _contraction(64, 32, 32, 8, 3),
+    "sm_100": _contraction(64, 32, 32, 8, 3),
+    "gfx942": _contraction(64, 32, 32, 4, 2),
+}
 
 
 def cp_forward_config(device: torch.device, dtype: torch.dtype, wide: bool) -> Config:
@@ -103,8 +110,11 @@ def cp_forward_config(device: torch.device, dtype: torch.dtype, wide: bool) -> C
 
 def cp_backward_config(device: torch.device, dtype: torch.dtype, levels: int, wide: bool) -> Config:
     """For the kernel that computes dB and every level's dA; `wide` is whether the sizes allow wide loads."""
-    large = _CP_BACKWARD if levels == 1 else _CP_BACKWARD_LEVELS
-    return (large if wide and dtype != torch.float32 else _CP_SMALL)[architecture(device)]
+    if wide and dtype != torch.float32:
+        table = _CP_BACKWARD if levels == 1 else _CP_BACKWARD_LEVELS
+    else:
+        table = _CP_SMALL if levels == 1 else _CP_BACKWARD_LEVELS_SMALL
+    return table[architecture(device)]
 
 
 def activation_backward_config(device: torch.device) -> Config:
@@ -112,6 +122,37 @@ def activation_backward_config(device: torch.device) -> Config:
     if architecture(device) == "interpreter":
         return Config({"BLOCK_T": 16, "BLOCK_I": 32}, 1, 1)
     return Config({"BLOCK_T": 4, "BLOCK_I": 512}, 4, 1)
+
+
+# --- Tensor ring ------------------------------------------------------------------------------------------------------
+# BLOCK_P rows of every token's small matrix (4 is the paper's rank) times BLOCK_R columns stay in registers.
+
+
+def _ring(block_t: int, block_r: int, block_k: int, num_warps: int, num_stages: int, group_t: int = 8) -> Config:
+    return _contraction(block_t, block_r, block_k, num_warps, num_stages, group_t)
+
+
+_RING_INTERPRETER = _ring(16, 16, 16, 1, 1, group_t=2)
+_RING_FLOAT32 = {
+    "interpreter": _RING_INTERPRETER,
+    "sm_80": _ring(32, 32, 32, 4, 3),
+    "sm_90": _ring(32, 32, 32, 4, 3),
+    "sm_100": _ring(32, 32, 32, 4, 3),
+    "gfx942": _ring(32, 32, 32, 4, 2),
+}
+_RING = {
+    "interpreter": _RING_INTERPRETER,
+    "sm_80": _ring(64, 32, 64, 4, 3),
+    "sm_90": _ring(64, 32, 64, 4, 3),
+    "sm_100": _ring(64, 32, 64, 4, 3),
+    "gfx942": _ring(64, 32, 32, 4, 2),
+}
+
+
+def tr_config(device: torch.device, dtype: torch.dtype, rows: int) -> Config:
+    """For both kernels, for small matrices of so many rows: those of A going forward, those of B going back."""
+    config = (_RING_FLOAT32 if dtype == torch.float32 else _RING)[architecture(device)]
+    return replace(config, blocks={**config.blocks, "BLOCK_P": 1 if rows == 1 else 2 if rows == 2 else 4})
 
 
 # --- Gate: rows of entmax, the fused gate, batch norm's columns -------------------------------------------------------

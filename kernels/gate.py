@@ -130,7 +130,7 @@ def _logits_by_gemm(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def gate_forward(z: Tensor, weight: Tensor, bias: Tensor | None, *, norm: str, alpha: float, eps: float) -> Tensor:
     """a (T, N), contiguous and in z's dtype, of z (T, I), weight (N, I) and bias (N,) or None; norm "layer" or "none".
 
-    Where z is of a half type, weight and bias may be float32 (autocast's master copies): they are cast as they are read.
+    Where z is of a half type, weight and bias may be float32, autocast's master copies: they are cast when read.
     """
     (T, I), N = z.shape, len(weight)
     a = torch.empty((T, N), dtype=z.dtype, device=z.device)

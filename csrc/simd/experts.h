@@ -85,11 +85,17 @@ void scatter(Support support, int32_t first, int32_t last, const S* x, int64_t R
   });
 }
 
+// The slopes are constant in float32 beyond |x| = 20, where their factors would overflow against each other.
+MUMOE_INLINE Floats near_zero(Floats x) {
+  return clamped(x, -20.0f, 20.0f);
+}
+
 struct Gelu {
   MUMOE_INLINE Floats value(Floats x) {
     return x * normal_cdf(x);
   }
   MUMOE_INLINE Floats slope(Floats x) {
+    x = near_zero(x);
     return normal_cdf(x) + x * (0.39894228f * exp(-0.5f * x * x));
   }
 };
@@ -103,6 +109,7 @@ struct GeluTanh {
     return x * sigmoid_of_2k(x);
   }
   MUMOE_INLINE Floats slope(Floats x) {
+    x = near_zero(x);
     Floats s = sigmoid_of_2k(x);
     return s + x * s * (1.0f - s) * (1.5957691f + 0.21406445f * x * x);
   }
@@ -122,6 +129,7 @@ struct Silu {
     return x / (1.0f + exp(-x));
   }
   MUMOE_INLINE Floats slope(Floats x) {
+    x = near_zero(x);
     Floats s = 1.0f / (1.0f + exp(-x));
     return s + x * s * (1.0f - s);
   }

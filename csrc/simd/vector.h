@@ -214,10 +214,15 @@ MUMOE_INLINE Floats absolute(Floats x) {
   return (Floats)((Words)x & 0x7fffffffu);
 }
 
-// 2^x to 1–2 units in the last place; results below 2^−126 are flushed to it, NaN stays NaN.
+// x between low and high; NaN stays NaN.
+MUMOE_INLINE Floats clamped(Floats x, float low, float high) {
+  x = x < low ? broadcast(low) : x;
+  return x > high ? broadcast(high) : x;
+}
+
+// 2^x to 1–2 units in the last place; what lies outside [2^−126, 2^128) is moved to its ends, NaN stays NaN.
 MUMOE_INLINE Floats exp2(Floats x) {
-  x = x < -126.0f ? broadcast(-126.0f) : x;
-  x = x > 127.99f ? broadcast(127.99f) : x;
+  x = clamped(x, -126.0f, 127.998f);
   const float to_integer = 12582912.0f;  // 1.5·2²³: adding it rounds to an integer in the low bits
   Floats shifted = x + to_integer;
   Floats r = x - (shifted - to_integer);
@@ -232,13 +237,13 @@ MUMOE_INLINE Floats exp2(Floats x) {
 }
 
 MUMOE_INLINE Floats exp(Floats x) {
-  x = x < -87.3f ? broadcast(-87.3f) : x;
-  x = x > 88.7f ? broadcast(88.7f) : x;
+  Ints too_large = x > 88.72f;
+  x = clamped(x, -87.3f, 88.72f);
   // log₂e in two parts, so that the product loses nothing of x's digits
   Floats high = x * 1.44269502f;
   Floats low = x * 1.92596299e-8f + (x * 1.44269502f - high);
   Floats y = exp2(high);
-  return y + y * (low * 0.69314718f);
+  return too_large ? broadcast(std::numeric_limits<float>::infinity()) : y + y * (low * 0.69314718f);
 }
 
 // log(x) for normal x > 0, to about 1e-7 relative to max(1, |log x|).
@@ -270,7 +275,8 @@ MUMOE_INLINE Floats log1p(Floats y) {
 // erfc(u) = 2^(−u·P(u)) with P fitted on [0, 6.5], beyond which it is zero in float32's terms.
 MUMOE_INLINE Floats normal_cdf(Floats x) {
   Floats u = absolute(x) * 0.70710678f;
-  u = u > 6.5f ? broadcast(6.5f) : u;
+  Ints far = u > 6.5f;
+  u = far ? broadcast(6.5f) : u;
   Floats p = broadcast(-1.1655360765416845e-07f);
   p = p * u + 3.2403736440755893e-06f;
   p = p * u - 3.883105455315672e-05f;
@@ -282,7 +288,7 @@ MUMOE_INLINE Floats normal_cdf(Floats x) {
   p = p * u + 0.1482689529657364f;
   p = p * u + 0.9184479117393494f;
   p = p * u + 1.6279070377349854f;
-  Floats tail = 0.5f * exp2(-u * p);
+  Floats tail = far ? Floats{} : 0.5f * exp2(-u * p);
   return x < 0.0f ? tail : 1.0f - tail;
 }
 

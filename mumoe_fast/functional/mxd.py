@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mumoe_fast import _validation as check
 from mumoe_fast import ops, reference
-from mumoe_fast.functional._arguments import autocast, fitting, gate_logits_arguments, needs_gradient, tokens
+from mumoe_fast.functional._arguments import autocast, gate_logits_arguments, needs_gradient, tokens
 from mumoe_fast.ops.dispatch import choose
 
 __all__ = ["mxd_experts", "topk_gate"]
@@ -106,9 +106,10 @@ def _check_experts(
     check.shape("out_factor", out_factor, (None, None))
     O, H = out_factor.shape
     check.last_dimension("h", h, H, "hidden_features of out_factor")
-    fitting("values", values, (*h.shape[:-1], None), h)
-    fitting("expert_factors", expert_factors, (None, O), h)
-    fitting("out_factor", out_factor, (O, H), h)
+    check.shape("values", values, (*h.shape[:-1], None))
+    check.shape("expert_factors", expert_factors, (None, O))
+    for name, x in (("values", values), ("expert_factors", expert_factors), ("out_factor", out_factor)):
+        check.same_device_and_dtype(name, x, h, "h")
     if indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices: expected torch.int64 or torch.int32, got {indices.dtype}")
     check.shape("indices", indices, values.shape)

@@ -56,39 +56,36 @@ def topk_problem(
         s = reference.gate_logits(z.double(), weight.double(), None if b is None else b.double())
         candidates = torch.cat([s.relu(), s.new_zeros(T, 1)], -1).sort(-1, descending=True).values[:, : k + 1]
         gaps = -candidates.diff(dim=-1)
-        if (gaps[candidates[:, :-1] > 0] > MARGIN).all() and ((s == 0) | (s.abs() > MARGIN)).all():
+        if (gaps[candidates[:, :-1] > 0] > MARGIN).all() and (s.abs() > MARGIN).all():
             return TopkProblem(z, weight, b, torch.randn(T, k).to(device, dtype), k)
 
 
 def topk_expected(problem: TopkProblem, only: Collection[str] | None = None) -> tuple[Expected, Tensor]:
     """``values`` (T, k), ``dz``, ``dweight`` and ``dbias`` by the acceptance rule, and the indices of their experts."""
-    dtype, k = problem.z.dtype, problem.k
-    results = {
-        "truth": _solve_topk(problem, EXACT, torch.float64, k),
-        "eager": _solve_topk(problem, Rounding(dtype), torch.float32, k),
-    }
-    indices = results["truth"].pop("indices").long()
-    results["eager"].pop("indices")
+    dtype = problem.z.dtype
+    truth, indices = _solve_topk(problem, EXACT, torch.float64)
+    eager, _ = _solve_topk(problem, Rounding(dtype), torch.float32)
     z, weight = (x.detach().to(dtype).double().abs() for x in (problem.z, problem.weight))
     size = F.linear(z, weight, None if problem.bias is None else problem.bias.to(dtype).double().abs())
     ds = torch.zeros_like(size).scatter(-1, indices, problem.dvalues.double().abs())
-    results["magnitude"] = {"values": size.gather(-1, indices), "dz": ds @ weight, "dweight": ds.T @ z}
-    if problem.bias is not None:
-        results["magnitude"]["dbias"] = ds.sum(0)
-    chosen = ({name: x for name, x in r.items() if only is None or name in only} for r in results.values())
-    return Expected(*chosen, dtype), indices
+    magnitude = {"values": size.gather(-1, indices), "dz": ds @ weight, "dweight": ds.T @ z, "dbias": ds.sum(0)}
+    return Expected(*(_named(x, only) for x in (truth, eager, magnitude)), dtype), indices
 
 
-def _solve_topk(problem: TopkProblem, rounding: Rounding, dtype: torch.dtype, k: int) -> Tensors:
-    """Results and gradients of the reference on inputs quantised to z's dtype; weight and bias too, as autocast does."""
+def _solve_topk(problem: TopkProblem, rounding: Rounding, dtype: torch.dtype) -> tuple[Tensors, Tensor]:
+    """The reference on weight and bias quantised to z's dtype, as autocast's master copies are; and the indices."""
     leaves = {name: x.detach().to(problem.z.dtype).to(dtype).requires_grad_() for name, x in problem.inputs.items()}
     with torch.enable_grad():
-        bias = leaves.get("bias")
-        values, indices = reference.topk_gate(rounding.gradient(leaves["z"]), leaves["weight"], bias, k).topk(k, dim=-1)
+        a = reference.topk_gate(rounding.gradient(leaves["z"]), leaves["weight"], leaves.get("bias"), problem.k)
+        values, indices = a.topk(problem.k, dim=-1)
         values = rounding(values)
         gradients = torch.autograd.grad(values, list(leaves.values()), problem.dvalues.to(dtype))
     named = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return {"values": values.detach(), "indices": indices, **named}
+    return {"values": values.detach(), **named}, indices
+
+
+def _named(results: Tensors, only: Collection[str] | None) -> Tensors:
+    return {name: x for name, x in results.items() if only is None or name in only}
 
 
 @dataclass(frozen=True)
@@ -188,6 +185,5 @@ def mxd_expected(problem: MxDProblem, only: Collection[str] | None = None) -> Ex
         positive = replace(exact.map(lambda x: x.detach().abs().requires_grad_()), activation="none")
         y = _truth(positive)
         magnitude = {"y": y.detach(), **_gradients(positive, y)}
-    chosen = ({n: x for n, x in r.items() if only is None or n in only} for r in (truth, eager, magnitude))
-    truth, eager, magnitude = chosen
-    return Expected(truth, {name: x.to(dtype) for name, x in eager.items()}, magnitude, dtype)
+    eager = {name: x.to(dtype) for name, x in eager.items()}
+    return Expected(*(_named(x, only) for x in (truth, eager, magnitude)), dtype)

@@ -174,3 +174,23 @@ def test_twice_gives_the_same_bits_and_changes_no_argument(activation: str, devi
     for name, x in problem.inputs().items():
         assert torch.equal(x, before.inputs()[name])
     assert torch.equal(problem.dy, before.dy)
+
+
+class TestFarApart:
+    """Memory of gigabytes that stays untouched but for a few pages."""
+
+    @pytest.fixture
+    def poisoned_memory(self) -> None:
+        """Not here: it would touch all of it."""
+
+    @pytest.mark.parametrize("stride", [(2**31 + 16, 1), (1, 2**27 + 8)])
+    def test_offsets_past_2_to_the_31(self, stride: tuple[int, int]) -> None:
+        problem = cp_problem(2, 17, 17, (17,), 8, activation="relu", dtype=torch.float16)
+
+        def far(x: Tensor) -> Tensor:
+            extent = sum((size - 1) * step for size, step in zip(x.shape, stride, strict=True)) + 1
+            return torch.empty(extent, dtype=x.dtype).as_strided(x.shape, stride).copy_(x)
+
+        apart = replace(problem, z=far(problem.z), dy=far(problem.dy), coefficients=(far(problem.coefficients[0]),))
+        near, spread = results(problem), results(apart)
+        assert all(torch.equal(spread[name], near[name]) for name in near)

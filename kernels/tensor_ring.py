@@ -1,0 +1,328 @@
+"""The tensor ring's expert contraction (Eq. 3, 17–18) for any number of levels E, forward and backward.
+
+A token's small matrices are P×M and M×R, with P = R_1, M = R_{E+1}, R = R_{E+2}. Forward, b = 0 without a bias:
+
+    A_e = U_e ×₂ a_e (R_e × R_{e+1}),  A = A_1 ⋯ A_E,  B = U_in ×₂ act(z) + b,  h = A B,  y_o = Σ_{p r} h_pr U_out[o, p, r]
+
+Backward:
+
+    dU_out[o, p, r] = Σ_t dy_o h_pr,  dh_pr = Σ_o dy_o U_out[o, p, r],  dB = Aᵀ dh,  dA = dh Bᵀ,  db = Σ_t dB
+    dA_e = (A_1 ⋯ A_{e−1})ᵀ dA (A_{e+1} ⋯ A_E)ᵀ
+
+and from dB and dA_e the gradients of the input and expert modes as `_tiles` has them. Both kernels walk over the matrices'
+rows one at a time, so that a GEMM tile is never wider than BLOCK_R and meets its row of A in the epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._tiles import (
+    contract,
+    expert_mode_gradients,
+    grouped_blocks,
+    input_mode_gradients,
+    matrix,
+    offsets,
+)
+from mumoe_fast.kernels.configs import tr_config
+
+_IN_TILE = 64  # entries of a padded A that a program may hold; larger ones are the vendor's GEMMs
+
+
+@triton.jit
+def _level_matrix(level, offs_t, mask_t, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile's ``A_e`` as (BLOCK_T, rows, columns), zero where padded: one contraction over the level's experts."""
+    ROWS: tl.constexpr = level[4]
+    COLUMNS: tl.constexpr = level[5]
+    BLOCK_ROWS: tl.constexpr = level[6]
+    BLOCK_COLUMNS: tl.constexpr = level[7]
+    flat = tl.arange(0, BLOCK_ROWS * BLOCK_COLUMNS)
+    row, column = flat // BLOCK_COLUMNS, flat % BLOCK_COLUMNS
+    entries, mask = (row * COLUMNS + column).to(tl.int64), (row < ROWS) & (column < COLUMNS)
+    N = level[2] * level[3]
+    A = contract(level[0], level[1], N, offs_t, entries, mask_t, mask, "none", BLOCK_K, PRECISION)
+    return tl.reshape(A, (offs_t.shape[0], BLOCK_ROWS, BLOCK_COLUMNS))
+
+
+@triton.jit
+def _column(x, column, BLOCK: tl.constexpr):
+    """One column of every matrix in a tile (BLOCK_T, rows, BLOCK)."""
+    return tl.sum(tl.where(tl.arange(0, BLOCK)[None, None, :] == column, x, 0.0), axis=2)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _tr_forward_kernel(
+    z,
+    in_core,
+    in_bias_ptr,
+    levels,
+    h_ptr,
+    A_ptr,
+    B_ptr,
+    T,
+    I,
+    P,
+    M,
+    R,
+    I_ALIGN: tl.constexpr,
+    R_ALIGN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr,
+):
+    # With levels, A is contracted here and written for backward; without, it is read.
+    I, R = I * I_ALIGN, R * R_ALIGN
+    block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
+    offs_t, offs_r, offs_p = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R), offsets(tl.program_id(1), BLOCK_P)
+    mask_t, mask_r, mask_p = offs_t < T, offs_r < R, offs_p < P
+    A_rows = (offs_t[:, None] * P + offs_p[None, :]) * M
+    mask_tp, mask_tr = mask_t[:, None] & mask_p[None, :], mask_t[:, None] & mask_r[None, :]
+    if len(levels) > 0:
+        A = _level_matrix(levels[0], offs_t, mask_t, BLOCK_K, PRECISION)
+        for e in tl.static_range(1, len(levels)):
+            A_e = _level_matrix(levels[e], offs_t, mask_t, BLOCK_K, PRECISION)
+            A = tl.sum(A[:, :, :, None] * A_e[:, None, :, :], axis=2)
+        if A_ptr is not None and block_r == 0:
+            offs_m = tl.arange(0, BLOCK_M)
+            mask = mask_tp[:, :, None] & (offs_m < M)[None, None, :]
+            store(A_ptr + A_rows[:, :, None] + offs_m[None, None, :], A, mask)
+
+    h = tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
+    for m in range(M):
+        offs_mr = m * R + offs_r
+        B = contract(z, in_core, I, offs_t, offs_mr, mask_t, mask_r, ACTIVATION, BLOCK_K, PRECISION)
+        if in_bias_ptr is not None:
+            B += load(in_bias_ptr + offs_mr, mask_r)[None, :]
+        if B_ptr is not None and tl.program_id(1) == 0:
+            store(B_ptr + offs_t[:, None] * M * R + offs_mr[None, :], B, mask_tr)
+        A_m = _column(A, m, BLOCK_M) if len(levels) > 0 else load(A_ptr + A_rows + m, mask_tp)
+        h += A_m[:, :, None] * B[:, None, :]
+    offs_pr = offs_p[:, None] * R + offs_r[None, :]
+    mask = mask_tp[:, :, None] & mask_r[None, None, :]
+    store(h_ptr + offs_t[:, None, None] * P * R + offs_pr[None, :, :], h, mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _tr_backward_kernel(
+    dy,
+    out_core,
+    A_ptr,
+    B_ptr,
+    h_ptr,
+    dB_ptr,
+    db_ptr,
+    dA_ptr,
+    T,
+    O,
+    P,
+    M,
+    R,
+    O_ALIGN: tl.constexpr,
+    R_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr,
+):
+    # BLOCK_P rows of B and dB (there are M) stay in registers while the rows of dh (there are P) pass by. dA is a sum
+    # over ranks: every block of them writes its own part.
+    O, R = O * O_ALIGN, R * R_ALIGN
+    block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
+    offs_t, offs_r, offs_m = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R), offsets(tl.program_id(1), BLOCK_P)
+    mask_t, mask_r, mask_m = offs_t < T, offs_r < R, offs_m < M
+    mask_tm, mask_tr = mask_t[:, None] & mask_m[None, :], mask_t[:, None] & mask_r[None, :]
+    mask = mask_tm[:, :, None] & mask_r[None, None, :]
+    offs_mr = offs_m[:, None] * R + offs_r[None, :]
+    offs = offs_t[:, None, None] * M * R + offs_mr[None, :, :]
+    B, dB = load(B_ptr + offs, mask), tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
+    for p in range(P):
+        offs_pr = p * R + offs_r
+        dh = contract(dy, out_core, O, offs_t, offs_pr, mask_t, mask_r, "none", BLOCK_K, PRECISION)
+        A_offs = (offs_t[:, None] * P + p) * M + offs_m[None, :]
+        A_p = load(A_ptr + A_offs, mask_tm)
+        if h_ptr is not None:
+            store(h_ptr + offs_t[:, None] * P * R + offs_pr[None, :], tl.sum(A_p[:, :, None] * B, axis=1), mask_tr)
+        if dA_ptr is not None:
+            part = dA_ptr + block_r.to(tl.int64) * T * P * M
+            tl.store(part + A_offs, tl.sum(dh[:, None, :] * B, axis=2), mask=mask_tm)
+        dB += A_p[:, :, None] * dh[:, None, :]
+    if dB_ptr is not None:
+        store(dB_ptr + offs, dB, mask)
+    if db_ptr is not None:
+        part = db_ptr + block_t.to(tl.int64) * M * R
+        tl.store(part + offs_mr, tl.sum(dB, axis=0), mask=mask_m[:, None] & mask_r[None, :])
+
+
+def _levels(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Every level's a_e (T, N_e) and U_e (N_e, R_e R_{e+1}), and its matrix's size, plain and padded."""
+    levels = []
+    for a, core in zip(coefficients, cores, strict=True):
+        N, rows, columns = core.shape
+        sizes = rows, columns, triton.next_power_of_2(rows), triton.next_power_of_2(columns)
+        flat = matrix(core.flatten(1))
+        levels.append((matrix(a), flat, N // alignment(N), tl.constexpr(alignment(N)), *map(tl.constexpr, sizes)))
+    return tuple(levels)
+
+
+def _fits_in_a_tile(cores: Sequence[Tensor], block_p: int) -> bool:
+    """Whether a program can hold a token's A_e: all of them small, and A's rows in one block."""
+    ranks = [triton.next_power_of_2(rank) for core in cores for rank in core.shape[1:]]
+    entries = [rows * columns for rows, columns in zip(ranks[::2], ranks[1::2], strict=True)]
+    return ranks[0] == block_p and max(entries) * (max(ranks) if len(cores) > 1 else 1) <= _IN_TILE
+
+
+def _level_matrices(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> list[Tensor]:
+    """Every level's A_e as (T, R_e, R_{e+1}), by the vendor's GEMM."""
+    pairs = zip(coefficients, cores, strict=True)
+    return [torch.mm(a, core.flatten(1)).unflatten(1, core.shape[1:]) for a, core in pairs]
+
+
+def tr_forward(
+    z: Tensor,
+    coefficients: Sequence[Tensor],
+    expert_cores: Sequence[Tensor],
+    in_core: Tensor,
+    in_bias: Tensor | None,
+    out_core: Tensor,
+    *,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (T, O), and A (T, P, M) and B (T, M, R) in the tensors' dtype if they are to be saved for backward, else empty.
+
+    h is computed from float32 tiles, written once, and multiplied with U_out by the vendor's GEMM.
+    """
+    (T, I), (M, R, _), P = z.shape, in_core.shape, expert_cores[0].shape[1]
+    config = tr_config(z.device, z.dtype, P)
+    fused = _fits_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
+    if fused:
+        A = z.new_empty(T, P, M) if save else None
+    else:
+        *_, A = accumulate(_level_matrices(coefficients, expert_cores), torch.bmm)
+    B = z.new_empty(T, M, R) if save else None
+    h = z.new_empty(T, P, R)
+    blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
+    launch(
+        _tr_forward_kernel,
+        (blocks, triton.cdiv(P, config.blocks["BLOCK_P"])),
+        config,
+        z.device,
+        z=matrix(z),
+        in_core=matrix(in_core.flatten(0, 1).t()),
+        in_bias_ptr=None if in_bias is None else in_bias.contiguous(),
+        levels=_levels(coefficients, expert_cores) if fused else (),
+        h_ptr=h,
+        A_ptr=None if A is None else A.contiguous(),
+        B_ptr=B,
+        T=T,
+        I=I // alignment(I),
+        P=P,
+        M=M,
+        R=R // alignment(R),
+        I_ALIGN=alignment(I),
+        R_ALIGN=alignment(R),
+        ACTIVATION=activation,
+        PRECISION=dot_precision(z.dtype),
+        BLOCK_M=triton.next_power_of_2(M),
+    )
+    y = torch.mm(h.flatten(1), out_core.flatten(1).t())
+    return (y, A, B) if save and A is not None and B is not None else (y, z.new_empty(0), z.new_empty(0))
+
+
+def tr_backward(
+    dy: Tensor,
+    z: Tensor,
+    coefficients: Sequence[Tensor],
+    expert_cores: Sequence[Tensor],
+    in_core: Tensor,
+    in_bias: Tensor | None,
+    out_core: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None, Tensor | None, Tensor | None]:
+    """dz, [da_e], [dU_e], dU_in, db, dU_out, each None where `needs` (one flag per argument) does not ask for it.
+
+    A and B are what `tr_forward` saved. Weight gradients accumulate in float32 and come in the cores' dtype. Alive at
+    most: h (T, P, R) and dB (T, M, R), h freed after its GEMM, then dB beside dz and, with an activation, one T×I.
+    """
+    needs_z, needs_a, needs_experts, needs_in, needs_bias, needs_out = needs
+    (T, O), (_, P, M), R = dy.shape, A.shape, in_core.shape[1]
+    config = tr_config(z.device, z.dtype, M)
+    blocks_t, blocks_r = triton.cdiv(T, config.blocks["BLOCK_T"]), triton.cdiv(R, config.blocks["BLOCK_R"])
+    blocks_m = triton.cdiv(M, config.blocks["BLOCK_P"])
+    # A program sees all of h = A B only where it holds all of B's rows.
+    h = (z.new_empty(T, P, R) if blocks_m == 1 else torch.bmm(A, B)) if needs_out else None
+    dB = z.new_empty(T, M, R) if needs_z or needs_in else None
+    dA = z.new_empty(blocks_r, T, P, M, dtype=torch.float32) if needs_a or needs_experts else None
+    db = z.new_empty(blocks_t, M, R, dtype=torch.float32) if in_bias is not None and needs_bias else None
+    launch(
+        _tr_backward_kernel,
+        (blocks_t * blocks_r, blocks_m),
+        config,
+        z.device,
+        dy=matrix(dy),
+        out_core=matrix(out_core.flatten(1)),
+        A_ptr=A.contiguous(),
+        B_ptr=B.contiguous(),
+        h_ptr=h if blocks_m == 1 else None,
+        dB_ptr=dB,
+        db_ptr=db,
+        dA_ptr=dA,
+        T=T,
+        O=O // alignment(O),
+        P=P,
+        M=M,
+        R=R // alignment(R),
+        O_ALIGN=alignment(O),
+        R_ALIGN=alignment(R),
+        PRECISION=dot_precision(z.dtype),
+    )
+    d_out_core = None if h is None else torch.mm(dy.t(), h.flatten(1)).view(out_core.shape)
+    del h
+    nothing: list[Tensor | None] = [None] * len(coefficients)
+    das, d_cores = nothing, list(nothing)
+    if dA is not None:
+        das, d_cores = _expert_gradients(dA.sum(0).to(z.dtype), coefficients, expert_cores, needs_a, needs_experts)
+    d_in_bias = None if db is None else db.sum(0).to(z.dtype)
+    dz, d_in_core = None, None
+    if dB is not None:
+        dz, d_in_core = input_mode_gradients(dB.flatten(1), z, in_core.flatten(0, 1), activation, needs_z, needs_in)
+        d_in_core = None if d_in_core is None else d_in_core.view(in_core.shape)
+    return dz, das, d_cores, d_in_core, d_in_bias, d_out_core
+
+
+def _expert_gradients(
+    dA: Tensor, coefficients: Sequence[Tensor], cores: Sequence[Tensor], needs_a: bool, needs_core: bool
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """[da_e] and [dU_e] of ``A = A_1 ⋯ A_E`` from dA (T, P, M): each level's between the products on its two sides."""
+    matrices = _level_matrices(coefficients, cores) if len(cores) > 1 else []
+    before = [None, *accumulate(matrices[:-1], torch.bmm)]
+    after = [None, *accumulate(reversed(matrices[1:]), lambda right, left: torch.bmm(left, right))][::-1]
+    das: list[Tensor | None] = []
+    d_cores: list[Tensor | None] = []
+    for a, core, left, right in zip(coefficients, cores, before, after, strict=True):
+        dA_e = dA if left is None else torch.bmm(left.mT, dA)
+        dA_e = dA_e if right is None else torch.bmm(dA_e, right.mT)
+        da, d_core = expert_mode_gradients(dA_e.flatten(1), a, core.flatten(1), needs_a, needs_core)
+        das.append(da)
+        d_cores.append(None if d_core is None else d_core.view(core.shape))
+    return das, d_cores
