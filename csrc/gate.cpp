@@ -16,6 +16,7 @@
 
 #include "columns.h"
 #include "gemm.h"
+#include "logits.h"
 #include "support.h"
 
 namespace mumoe {
@@ -53,13 +54,15 @@ template <class S>
 Tensor logit_gradient(const Tensor& da, const Tensor& a, const Tensor& z, const Tensor& weight,
                       const std::optional<Tensor>& bias, GateOptions options) {
   int64_t T = z.size(0), N = weight.size(0);
-  Tensor ds = empty<S>({T, N}), weight_float = quantised(weight, dtype_of<S>);
+  Tensor ds = empty<S>({T, N});
+  std::optional<Logits> logits_of;
+  if (options.layer) logits_of.emplace(weight, dtype_of<S>, T);
   std::optional<Tensor> bias_float = quantised(bias, dtype_of<S>);
   Matrix<S> da_rows = matrix<S>(da), a_rows = matrix<S>(a), ds_rows = matrix<S>(ds);
   for (int64_t begin = 0, chunk = chunk_of(N); begin < T; begin += chunk) {
     int64_t end = std::min(begin + chunk, T);
     std::optional<Tensor> logits;
-    if (options.layer) logits = linear(converted(row_range(z, begin, end), ScalarType::Float), weight_float);
+    if (options.layer) logits = logits_of->of(row_range(z, begin, end));
     parallel(end - begin, 6 * N, [&](int64_t first, int64_t last) {
       Scratch scratch(3 * (N + 16));
       for (int64_t t = begin + first; t < begin + last; ++t) {
@@ -161,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_backward(
 }  // namespace
 
 Tensor gate_logits_forward(Tensor z, Tensor weight) {
-  return linear(converted(z, ScalarType::Float), quantised(weight, z.scalar_type()));
+  return Logits(weight, z.scalar_type(), z.size(0)).of(z);
 }
 
 std::tuple<Tensor, Tensor> logits_backward(
@@ -176,12 +179,13 @@ Tensor gate_forward(
     using S = decltype(element);
     bool layer = is_layer(norm);
     int64_t T = z.size(0), N = weight.size(0);
-    Tensor a = empty<S>({T, N}), weight_float = quantised(weight, dtype_of<S>);
+    Tensor a = empty<S>({T, N});
+    Logits logits_of(weight, dtype_of<S>, T);
     std::optional<Tensor> bias_float = quantised(bias, dtype_of<S>);
     Matrix<S> a_rows = matrix<S>(a);
     for (int64_t begin = 0, chunk = chunk_of(N); begin < T; begin += chunk) {
       int64_t end = std::min(begin + chunk, T);
-      Tensor logits = linear(converted(row_range(z, begin, end), ScalarType::Float), weight_float);
+      Tensor logits = logits_of.of(row_range(z, begin, end));
       Matrix<float> s = matrix<float>(logits);
       parallel(end - begin, 6 * N, [&](int64_t first, int64_t last) {
         Scratch scratch(N);

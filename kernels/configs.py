@@ -125,34 +125,62 @@ def activation_backward_config(device: torch.device) -> Config:
 
 
 # --- Tensor ring ------------------------------------------------------------------------------------------------------
-# BLOCK_P rows of every token's small matrix (4 is the paper's rank) times BLOCK_R columns stay in registers.
+# BLOCK_P rows of every token's small matrix (4 is the paper's rank) times BLOCK_R columns stay in registers: one such
+# tile going forward, two (B and dB) going back.
 
-
-def _ring(block_t: int, block_r: int, block_k: int, num_warps: int, num_stages: int, group_t: int = 8) -> Config:
-    return _contraction(block_t, block_r, block_k, num_warps, num_stages, group_t)
-
-
-_RING_INTERPRETER = _ring(16, 16, 16, 1, 1, group_t=2)
-_RING_FLOAT32 = {
-    "interpreter": _RING_INTERPRETER,
-    "sm_80": _ring(32, 32, 32, 4, 3),
-    "sm_90": _ring(32, 32, 32, 4, 3),
-    "sm_100": _ring(32, 32, 32, 4, 3),
-    "gfx942": _ring(32, 32, 32, 4, 2),
+_RING_FORWARD_FLOAT32 = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(32, 32, 16, 4, 3),
+    "sm_90": _contraction(32, 32, 16, 4, 3),
+    "sm_100": _contraction(32, 32, 16, 4, 3),
+    "gfx942": _contraction(32, 32, 32, 4, 2),
 }
-_RING = {
-    "interpreter": _RING_INTERPRETER,
-    "sm_80": _ring(64, 32, 64, 4, 3),
-    "sm_90": _ring(64, 32, 64, 4, 3),
-    "sm_100": _ring(64, 32, 64, 4, 3),
-    "gfx942": _ring(64, 32, 32, 4, 2),
+_RING_FORWARD = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(64, 32, 64, 8, 3),
+    "sm_90": _contraction(64, 32, 64, 8, 3),
+    "sm_100": _contraction(64, 32, 64, 8, 3),
+    "gfx942": _contraction(64, 32, 64, 4, 2),
+}
+# Ranks that allow no wide loads need a pointer and a mask for every element: a narrower tile.
+_RING_BACKWARD_NARROW = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(64, 16, 64, 8, 3),
+    "sm_90": _contraction(64, 16, 64, 8, 3),
+    "sm_100": _contraction(64, 16, 64, 8, 3),
+    "gfx942": _contraction(64, 16, 32, 8, 2),
+}
+_RING_BACKWARD_FLOAT32 = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(32, 16, 32, 8, 3),
+    "sm_90": _contraction(32, 16, 32, 8, 3),
+    "sm_100": _contraction(32, 16, 32, 8, 3),
+    "gfx942": _contraction(32, 16, 32, 4, 2),
+}
+_RING_BACKWARD = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(64, 32, 64, 8, 3),
+    "sm_90": _contraction(64, 32, 64, 8, 3),
+    "sm_100": _contraction(64, 32, 64, 8, 3),
+    "gfx942": _contraction(64, 32, 64, 4, 2),
 }
 
 
-def tr_config(device: torch.device, dtype: torch.dtype, rows: int) -> Config:
-    """For both kernels, for small matrices of so many rows: those of A going forward, those of B going back."""
-    config = (_RING_FLOAT32 if dtype == torch.float32 else _RING)[architecture(device)]
+def _with_rows(config: Config, rows: int) -> Config:
     return replace(config, blocks={**config.blocks, "BLOCK_P": 1 if rows == 1 else 2 if rows == 2 else 4})
+
+
+def tr_forward_config(device: torch.device, dtype: torch.dtype, rows: int) -> Config:
+    """For the kernel that computes h, for an A of so many rows."""
+    table = _RING_FORWARD_FLOAT32 if dtype == torch.float32 else _RING_FORWARD
+    return _with_rows(table[architecture(device)], rows)
+
+
+def tr_backward_config(device: torch.device, dtype: torch.dtype, rows: int, wide: bool) -> Config:
+    """For the kernel that computes dB and dA, for a B of so many rows; `wide` is whether R allows wide loads."""
+    half = _RING_BACKWARD if wide else _RING_BACKWARD_NARROW
+    table = _RING_BACKWARD_FLOAT32 if dtype == torch.float32 else half
+    return _with_rows(table[architecture(device)], rows)
 
 
 # --- Gate: rows of entmax, the fused gate, batch norm's columns -------------------------------------------------------

@@ -62,7 +62,7 @@ def _decoder_kernel(
     block_t, block_o = grouped_blocks(T, O, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_o = offsets(block_t, BLOCK_T), offsets(block_o, BLOCK_R)
     mask_t, mask_o = offs_t < T, offs_o < O
-    B = contract(z, out_factor, H, offs_t, offs_o, mask_t, mask_o, "none", BLOCK_K, PRECISION)
+    B = contract(z, out_factor, H, offs_t, offs_o, mask_t, mask_o, ACTIVATION, BLOCK_K, PRECISION)
     store(B_ptr + offs_t[:, None] * O + offs_o[None, :], B, mask_t[:, None] & mask_o[None, :])
 
 

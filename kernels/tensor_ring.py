@@ -2,15 +2,16 @@
 
 A token's small matrices are P×M and M×R, with P = R_1, M = R_{E+1}, R = R_{E+2}. Forward, b = 0 without a bias:
 
-    A_e = U_e ×₂ a_e (R_e × R_{e+1}),  A = A_1 ⋯ A_E,  B = U_in ×₂ act(z) + b,  h = A B,  y_o = Σ_{p r} h_pr U_out[o, p, r]
+    A_e = U_e ×₂ a_e (R_e × R_{e+1}),  A = A_1 ⋯ A_E,  B = U_in ×₂ act(z) + b,  h = A B
+    y_o = Σ_{p r} h_pr U_out[o, p, r]
 
 Backward:
 
     dU_out[o, p, r] = Σ_t dy_o h_pr,  dh_pr = Σ_o dy_o U_out[o, p, r],  dB = Aᵀ dh,  dA = dh Bᵀ,  db = Σ_t dB
     dA_e = (A_1 ⋯ A_{e−1})ᵀ dA (A_{e+1} ⋯ A_E)ᵀ
 
-and from dB and dA_e the gradients of the input and expert modes as `_tiles` has them. Both kernels walk over the matrices'
-rows one at a time, so that a GEMM tile is never wider than BLOCK_R and meets its row of A in the epilogue.
+and from dB and dA_e the gradients of the input and expert modes as `_tiles` has them. Both kernels walk over the
+matrices' rows one at a time, so that a GEMM tile is never wider than BLOCK_R and meets its row of A in the epilogue.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mumoe_fast.kernels._tiles import (
     matrix,
     offsets,
 )
-from mumoe_fast.kernels.configs import tr_config
+from mumoe_fast.kernels.configs import tr_backward_config, tr_forward_config
 
 _IN_TILE = 64  # entries of a padded A that a program may hold; larger ones are the vendor's GEMMs
 
@@ -209,7 +210,7 @@ def tr_forward(
     h is computed from float32 tiles, written once, and multiplied with U_out by the vendor's GEMM.
     """
     (T, I), (M, R, _), P = z.shape, in_core.shape, expert_cores[0].shape[1]
-    config = tr_config(z.device, z.dtype, P)
+    config = tr_forward_config(z.device, z.dtype, P)
     fused = _fits_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
     if fused:
         A = z.new_empty(T, P, M) if save else None
@@ -266,7 +267,7 @@ def tr_backward(
     """
     needs_z, needs_a, needs_experts, needs_in, needs_bias, needs_out = needs
     (T, O), (_, P, M), R = dy.shape, A.shape, in_core.shape[1]
-    config = tr_config(z.device, z.dtype, M)
+    config = tr_backward_config(z.device, z.dtype, M, alignment(R, O) >= 8)
     blocks_t, blocks_r = triton.cdiv(T, config.blocks["BLOCK_T"]), triton.cdiv(R, config.blocks["BLOCK_R"])
     blocks_m = triton.cdiv(M, config.blocks["BLOCK_P"])
     # A program sees all of h = A B only where it holds all of B's rows.

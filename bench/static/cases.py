@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mumoe_fast.kernels import batch_norm, cp, entmax, gate
+from mumoe_fast.kernels import batch_norm, cp, entmax, gate, tensor_ring
 
 Shape = str | Sequence[str]
 
@@ -30,15 +30,17 @@ class Workload:
     R: int
     N: tuple[int, ...]
     activation: str = "none"
+    factorization: str = "cp"
 
     def sizes(self, level: int = 0) -> dict[str, int]:
-        """The letters' values at a hierarchy level."""
-        return {"T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
+        """The letters' values at a hierarchy level; P and M are the ring's first ranks, which the paper sets to 4."""
+        return {"P": 4, "M": 4, "T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
 
 
-def _gpt2(rank: int) -> tuple[Workload, Workload]:
-    up = Workload(f"GPT-2 up, R {rank}", T=24_576, I=768, O=3072, R=rank, N=(256,))
-    return up, replace(up, name=f"GPT-2 down, R {rank}", I=3072, O=768, activation="gelu")
+def _gpt2(rank: int, factorization: str = "cp") -> tuple[Workload, Workload]:
+    ring = "ring " if factorization == "tr" else ""
+    up = Workload(f"GPT-2 up, {ring}R {rank}", T=24_576, I=768, O=3072, R=rank, N=(256,), factorization=factorization)
+    return up, replace(up, name=f"GPT-2 down, {ring}R {rank}", I=3072, O=768, activation="gelu")
 
 
 WORKLOADS = (
@@ -52,6 +54,9 @@ WORKLOADS = (
     Workload("final layer, N 2,048", T=4096, I=768, O=1000, R=512, N=(2048,)),
     Workload("final layer, N 16,384", T=4096, I=768, O=1000, R=512, N=(16_384,)),
     Workload("final layer, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4)),
+    *_gpt2(144, "tr"),  # matched parameters
+    *_gpt2(149, "tr"),  # the paper's
+    Workload("final layer, ring, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tr"),
     Workload("longest row, N 65,536", T=4096, I=768, O=0, R=0, N=(65_536,)),
 )
 
@@ -59,6 +64,7 @@ WORKLOADS = (
 SMALL_WORKLOADS = (
     Workload("small", T=192, I=256, O=272, R=264, N=(256,)),
     Workload("small, four levels", T=160, I=128, O=144, R=136, N=(128, 4, 4, 4), activation="gelu"),
+    Workload("small ring", T=160, I=128, O=144, R=72, N=(128,), activation="gelu", factorization="tr"),
     Workload("small, N 2,048", T=16, I=64, O=64, R=64, N=(2048,)),
     Workload("small, N 20,480", T=4, I=64, O=0, R=0, N=(20_480,)),  # more than registers hold
 )
@@ -88,17 +94,21 @@ class Operator:
         return any(not isinstance(shape, str | None) for shape in self.tensors.values())
 
 
-def _has_experts(workload: Workload) -> bool:
-    return workload.R > 0
+def _is_cp(workload: Workload) -> bool:
+    return workload.R > 0 and workload.factorization == "cp"
+
+
+def _is_ring(workload: Workload) -> bool:
+    return workload.factorization == "tr"
 
 
 def _starts_a_block(workload: Workload) -> bool:
-    """The gate runs on the block's input, once for both expert layers."""
-    return workload.activation == "none"
+    """The gate runs on the block's input, once for both expert layers, and for every factorisation alike."""
+    return workload.activation == "none" and workload.factorization == "cp"
 
 
 def _gpt2_experts(workload: Workload) -> bool:
-    return workload.name.startswith("GPT-2")
+    return workload.name.startswith("GPT-2") and workload.factorization == "cp"
 
 
 def _matched_gpt2(workload: Workload) -> bool:
@@ -112,6 +122,16 @@ _CP_FACTORS: dict[str, Shape | None] = {
     "in_factor": "R I",
     "in_bias": "R",
     "out_factor": "O R",
+}
+
+
+_TR_CORES: dict[str, Shape | None] = {
+    "z": "T I",
+    "coefficients": ["T N"],
+    "expert_cores": ["N P M"],
+    "in_core": "M R I",
+    "in_bias": "M R",
+    "out_core": "O P R",
 }
 
 
@@ -151,13 +171,20 @@ OPERATORS: tuple[Operator, ...] = (
     ),
     Operator(batch_norm.batch_entmax_forward, _BATCH, {"alpha": 1.5, "dtype": _dtype}, fits=_starts_a_block),
     Operator(batch_norm.batch_entmax_backward, {**_ENTMAX_BACKWARD, **_BATCH}, {"alpha": 1.5}, fits=_starts_a_block),
-    Operator(cp.cp_forward, _CP_FACTORS, {"activation": _activation, "save": True}, fits=_has_experts),
+    Operator(cp.cp_forward, _CP_FACTORS, {"activation": _activation, "save": True}, fits=_is_cp),
     Operator(cp.cp_forward, _CP_FACTORS, {"activation": _activation, "save": False}, "inference", _gpt2_experts),
     Operator(
         cp.cp_backward,
         {"dy": "T O", **_CP_FACTORS, "A": "T R", "B": "T R"},
         {"activation": _activation, "needs": cp.CPNeeds()},
-        fits=_has_experts,
+        fits=_is_cp,
+    ),
+    Operator(tensor_ring.tr_forward, _TR_CORES, {"activation": _activation, "save": True}, fits=_is_ring),
+    Operator(
+        tensor_ring.tr_backward,
+        {"dy": "T O", **_TR_CORES, "A": "T P M", "B": "T M R"},
+        {"activation": _activation, "needs": (True,) * 6},
+        fits=_is_ring,
     ),
 )
 

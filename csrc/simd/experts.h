@@ -203,15 +203,21 @@ MUMOE_INLINE void matrix_rows(X x, const S* Y, int64_t K, int64_t Q, S* out) {
   });
 }
 
+// out (P×Q) = X·Y, X (P×K) by x(p, k).
+template <class S, class X>
+MUMOE_INLINE void matrix_by_rows(X x, const S* Y, int64_t P, int64_t K, int64_t Q, S* out) {
+  int64_t p = 0;
+  for (; p + 4 <= P; p += 4) {
+    matrix_rows<4>([&](int64_t j, int64_t k) { return x(p + j, k); }, Y, K, Q, out + p * Q);
+  }
+  for (; p < P; ++p) matrix_rows<1>([&](int64_t, int64_t k) { return x(p, k); }, Y, K, Q, out + p * Q);
+}
+
 template <class S>
 void matrix_product(const float* A, S* B, const S* bias, int64_t P, int64_t K, int64_t Q, S* A_out, S* h) {
   add_bias(B, bias, K * Q);
   if (A_out != nullptr) narrow_row(A, P * K, A_out);
-  int64_t p = 0;
-  for (; p + 4 <= P; p += 4) {
-    matrix_rows<4>([&](int j, int64_t k) { return A[(p + j) * K + k]; }, B, K, Q, h + p * Q);
-  }
-  for (; p < P; ++p) matrix_rows<1>([&](int, int64_t k) { return A[p * K + k]; }, B, K, Q, h + p * Q);
+  matrix_by_rows([&](int64_t p, int64_t k) { return A[p * K + k]; }, B, P, K, Q, h);
 }
 
 // dA (ROWS×COLUMNS of it) = dh·Bᵀ.
@@ -249,14 +255,8 @@ void matrix_product_backward(
     }
     p += rows ? 4 : 1;
   }
-  int64_t k = 0;
-  for (; k + 4 <= K; k += 4) {
-    matrix_rows<4>([&](int j, int64_t p) { return scalar(A[p * K + k + j]); }, dh, P, Q, dB + k * Q);
-  }
-  for (; k < K; ++k) matrix_rows<1>([&](int, int64_t p) { return scalar(A[p * K + k]); }, dh, P, Q, dB + k * Q);
-  for (int64_t p = 0; p < P; ++p) {
-    matrix_rows<1>([&](int, int64_t k) { return scalar(A[p * K + k]); }, B, K, Q, h + p * Q);
-  }
+  matrix_by_rows([&](int64_t k, int64_t p) { return scalar(A[p * K + k]); }, dh, K, P, Q, dB);
+  matrix_by_rows([&](int64_t p, int64_t k) { return scalar(A[p * K + k]); }, B, P, K, Q, h);
 }
 
 template <class S>

@@ -171,9 +171,7 @@ class ExpertGate(nn.Module):
     def extra_repr(self) -> str:
         """The sizes and options, as `nn.Linear` shows its own."""
         experts = self.num_experts[0] if len(self.num_experts) == 1 else self.num_experts
+        options = f"norm={self.norm!r}, alpha={self.alpha}"
         if self.activation == "topk":
-            return f"in_features={self.in_features}, num_experts={experts}, topk, k={self.k}, impl={self.impl!r}"
-        return (
-            f"in_features={self.in_features}, num_experts={experts}, norm={self.norm!r}, alpha={self.alpha}, "
-            f"impl={self.impl!r}"
-        )
+            options = f"activation='topk', k={self.k}"
+        return f"in_features={self.in_features}, num_experts={experts}, {options}, impl={self.impl!r}"

@@ -18,5 +18,7 @@ def available() -> str | None:
     try:
         torch.ops.load_library(str(built[0]))
     except OSError as error:
-        return f"the native CPU kernels cannot be loaded by PyTorch {torch.__version__} ({error}): to rebuild them, {how}"
+        return (
+            f"the native CPU kernels cannot be loaded by PyTorch {torch.__version__} ({error}): to rebuild them, {how}"
+        )
     return None

@@ -69,7 +69,7 @@ def topk_expected(problem: TopkProblem, only: Collection[str] | None = None) -> 
     size = F.linear(z, weight, None if problem.bias is None else problem.bias.to(dtype).double().abs())
     ds = torch.zeros_like(size).scatter(-1, indices, problem.dvalues.double().abs())
     magnitude = {"values": size.gather(-1, indices), "dz": ds @ weight, "dweight": ds.T @ z, "dbias": ds.sum(0)}
-    return Expected(*(_named(x, only) for x in (truth, eager, magnitude)), dtype), indices
+    return _expected(truth, eager, magnitude, dtype, only), indices
 
 
 def _solve_topk(problem: TopkProblem, rounding: Rounding, dtype: torch.dtype) -> tuple[Tensors, Tensor]:
@@ -84,8 +84,13 @@ def _solve_topk(problem: TopkProblem, rounding: Rounding, dtype: torch.dtype) ->
     return {"values": values.detach(), **named}, indices
 
 
-def _named(results: Tensors, only: Collection[str] | None) -> Tensors:
-    return {name: x for name, x in results.items() if only is None or name in only}
+def _expected(
+    truth: Tensors, eager: Tensors, magnitude: Tensors, dtype: torch.dtype, only: Collection[str] | None
+) -> Expected:
+    def named(results: Tensors) -> Tensors:
+        return {name: x for name, x in results.items() if only is None or name in only}
+
+    return Expected(named(truth), named(eager), named(magnitude), dtype)
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,14 @@ class MxDProblem:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MxDProblem:
         """The same problem with every floating-point tensor replaced."""
-        tensors = {name: function(x) for name, x in self.inputs.items()}
-        return replace(self, **tensors, dy=function(self.dy))
+        return replace(
+            self,
+            z=function(self.z),
+            values=function(self.values),
+            expert_factors=function(self.expert_factors),
+            out_factor=function(self.out_factor),
+            dy=function(self.dy),
+        )
 
 
 def mxd_problem(
@@ -186,4 +197,4 @@ def mxd_expected(problem: MxDProblem, only: Collection[str] | None = None) -> Ex
         y = _truth(positive)
         magnitude = {"y": y.detach(), **_gradients(positive, y)}
     eager = {name: x.to(dtype) for name, x in eager.items()}
-    return Expected(*(_named(x, only) for x in (truth, eager, magnitude)), dtype)
+    return _expected(truth, eager, magnitude, dtype, only)

@@ -183,7 +183,7 @@ class TestFarApart:
     def poisoned_memory(self) -> None:
         """Not here: it would touch all of it."""
 
-    @pytest.mark.parametrize("stride", [(2**31 + 16, 1), (1, 2**27 + 8)])
+    @pytest.mark.parametrize("stride", [(2**31 + 16, 1), (1, 2**28 + 8)])
     def test_offsets_past_2_to_the_31(self, stride: tuple[int, int]) -> None:
         problem = cp_problem(2, 17, 17, (17,), 8, activation="relu", dtype=torch.float16)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mumoe_fast.kernels import mxd
+from mumoe_fast.kernels._common import record_launches
 from mumoe_fast.kernels.configs import target_architecture
 from mumoe_fast.kernels.mxd import MxDNeeds, mxd_backward, mxd_forward, topk_gate_backward, topk_gate_forward
 from mumoe_fast.kernels.support import gather_dot, gather_sum, segment_sum, segments
@@ -294,3 +295,31 @@ def test_twice_gives_the_same_bits_and_changes_no_argument(device: torch.device)
     (one, _), (two, _) = gate_results(gate), gate_results(gate)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert all(torch.equal(x, y) for x, y in zip(copy, (*gate.inputs.values(), gate.dvalues), strict=True))
+
+
+def test_launches_of_a_gpt2_sized_block_on_sm_90() -> None:
+    """What the static check compiles: 21,500 experts, and a program for each token or expert and 256 columns."""
+    T, I, H, N, k = 1000, 768, 3072, 21_500, 32
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    z, weight, factors = meta(T, I), meta(N, I, dtype=torch.float32), (meta(N, I), meta(I, H))
+    with record_launches("sm_90") as launches:
+        values, indices = topk_gate_forward(z, weight, meta(N), k)
+        y, A, B = mxd_forward(meta(T, H), values, indices, *factors, activation="gelu", save=True)
+        gradients = mxd_backward(y, A, B, meta(T, H), values, indices, *factors, activation="gelu", needs=MxDNeeds())
+        gate_gradients = topk_gate_backward(gradients[1], values, indices, z, weight)
+    assert [(launch.kernel.fn.__name__, launch.grid) for launch in launches] == [
+        ("_decoder_kernel", (8 * 6,)),
+        ("_gather_sum_kernel", (T, 3)),
+        ("_product_backward_kernel", (250 * 2,)),
+        ("_gather_dot_kernel", (T, 2)),
+        ("_segment_sum_kernel", (N, 3)),
+        ("_activation_backward_kernel", (250 * 6,)),
+        ("_gather_sum_kernel", (T, 3)),
+        ("_segment_sum_kernel", (N, 3)),
+        ("_segment_sum_kernel", (N, 1)),
+    ]
+    assert [tuple(x.shape) for x in gradients] == [(T, H), (T, k), (N, I), (I, H)]
+    assert [x.dtype for x in gate_gradients] == [torch.bfloat16, torch.float32, torch.float32]

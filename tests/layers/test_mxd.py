@@ -222,7 +222,7 @@ def test_copies_casts_and_repr() -> None:
     x = torch.randn(3, 12)
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert torch.equal(twin(x), made(x))
-    assert "in_features=12, num_experts=7, topk, k=3" in repr(made)
+    assert "in_features=12, num_experts=7, activation='topk', k=3" in repr(made)
     assert "hidden_features=20, out_features=18, num_experts=7, activation='gelu'" in repr(made)
     y = made.bfloat16()(x.bfloat16())
     assert y.dtype == torch.bfloat16

@@ -1,0 +1,57 @@
+// Logits: by ATen's GEMM in float32, or for bfloat16, whose GEMM would round them, by dot products that keep float32.
+#include "logits.h"
+
+#include "gemm.h"
+#include "simd/bf16_dots.h"
+
+namespace mumoe {
+
+namespace {
+
+constexpr int64_t kRows = Bf16Dots::kRows, kColumns = Bf16Dots::kColumns;
+
+}  // namespace
+
+Logits::Logits(const Tensor& weight, ScalarType dtype, int64_t tokens) : N_(weight.size(0)), I_(weight.size(1)) {
+  Tensor rounded = converted(weight, dtype);
+  // packing reads the whole weight, which pays from some tokens on
+  if (dtype != ScalarType::BFloat16 || bf16_dots() == nullptr || tokens < 4 * kRows) {
+    weight_ = converted(rounded, ScalarType::Float);
+    return;
+  }
+  rounded = with_dense_rows(rounded);
+  Matrix<bfloat16> W = matrix<bfloat16>(rounded);
+  int64_t count = (N_ + kColumns - 1) / kColumns, words = Bf16Dots::panel_words(I_);
+  panels_.resize(static_cast<size_t>(count * words));
+  parallel(count, words, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      int64_t n = p * kColumns;
+      bf16_dots()->pack_panel(W[n], W.stride, std::min(kColumns, N_ - n), I_, panels_.data() + p * words);
+    }
+  });
+}
+
+Tensor Logits::of(const Tensor& z) const {
+  return panels_.empty() ? linear(converted(z, ScalarType::Float), weight_) : by_bf16_dots(z);
+}
+
+Tensor Logits::by_bf16_dots(const Tensor& z) const {
+  Tensor dense = with_dense_rows(z), s = empty<float>({z.size(0), N_});
+  Matrix<bfloat16> tokens = matrix<bfloat16>(dense);
+  Matrix<float> out = matrix<float>(s);
+  int64_t words = Bf16Dots::panel_words(I_);
+  parallel((tokens.rows + kRows - 1) / kRows, kRows * N_ * I_ / 32, [&](int64_t first, int64_t last) {
+    std::vector<uint32_t> tile(static_cast<size_t>(Bf16Dots::tile_words(I_)));
+    for (int64_t b = first; b < last; ++b) {
+      int64_t t = b * kRows, count = std::min(kRows, tokens.rows - t);
+      bf16_dots()->pack_tile(tokens[t], tokens.stride, count, I_, tile.data());
+      for (int64_t n = 0; n < N_; n += kColumns) {
+        const uint32_t* panel = panels_.data() + n / kColumns * words;
+        bf16_dots()->multiply(tile.data(), panel, I_, count, std::min(kColumns, N_ - n), out[t] + n, out.stride);
+      }
+    }
+  });
+  return s;
+}
+
+}  // namespace mumoe
