@@ -215,21 +215,21 @@ _MULTI_PASS = {"interpreter": _rows(2, 32, 1), **dict.fromkeys(_GPUS, _rows(1, 4
 
 _SMALL_GATE = (_gate(16, 16, 16, 1, 1), _gate(16, 32, 16, 1, 1))
 _NARROW_GATE = (_gate(64, 16, 64, 4, 3), _gate(64, 32, 64, 4, 3), _gate(64, 64, 64, 4, 3), _gate(64, 128, 64, 4, 3))
-_WIDE_GATE = (_gate(32, 512, 32, 8, 3), _gate(16, 1024, 32, 8, 3))
+_WIDE_GATE = (_gate(16, 512, 32, 8, 3), _gate(16, 1024, 32, 8, 3))
 _GATE = {
     "interpreter": _SMALL_GATE,
-    "sm_80": (*_NARROW_GATE, _gate(64, 256, 64, 16, 3), *_WIDE_GATE),
+    "sm_80": (*_NARROW_GATE, _gate(32, 256, 64, 8, 3), *_WIDE_GATE),
     "sm_90": (*_NARROW_GATE, _gate(64, 256, 64, 8, 3), *_WIDE_GATE),
     "sm_100": (*_NARROW_GATE, _gate(64, 256, 64, 8, 3), *_WIDE_GATE),
-    "gfx942": (*_NARROW_GATE, _gate(64, 256, 64, 8, 2), _gate(32, 512, 32, 8, 2), _gate(16, 1024, 16, 8, 2)),
+    "gfx942": (*_NARROW_GATE, _gate(64, 256, 32, 8, 2), _gate(32, 512, 16, 8, 2)),  # 64 KiB, master weights too
 }
+# Exact float32 dots keep their operands in registers: the next class spills, and the vendor has better GEMMs.
 _GPU_GATE_FLOAT32 = (
     _gate(64, 16, 32, 4, 3),
     _gate(64, 32, 32, 4, 3),
     _gate(64, 64, 32, 4, 3),
     _gate(32, 128, 32, 4, 3),
-    _gate(32, 256, 32, 8, 3),
-    _gate(16, 512, 16, 8, 3),
+    _gate(16, 256, 32, 8, 3),
 )
 _GATE_FLOAT32 = {"interpreter": _SMALL_GATE, **dict.fromkeys(_GPUS, _GPU_GATE_FLOAT32)}
 
@@ -266,7 +266,7 @@ def columns_config(device: torch.device) -> Config:
 
 def merge_config(device: torch.device) -> Config:
     """Columns whose partial results one program combines."""
-    return Config({"BLOCK_N": 16 if architecture(device) == "interpreter" else 128}, num_warps=1, num_stages=1)
+    return Config({"BLOCK_N": 16 if architecture(device) == "interpreter" else 256}, num_warps=1, num_stages=1)
 
 
 # --- Supports: sums and dot products over the K experts of a token, and over the tokens of an expert ------------------

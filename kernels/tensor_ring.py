@@ -185,7 +185,7 @@ def _fits_in_a_tile(cores: Sequence[Tensor], block_p: int) -> bool:
     """Whether a program can hold a token's A_e: all of them small, and A's rows in one block."""
     ranks = [triton.next_power_of_2(rank) for core in cores for rank in core.shape[1:]]
     entries = [rows * columns for rows, columns in zip(ranks[::2], ranks[1::2], strict=True)]
-    return ranks[0] == block_p and max(entries) * (max(ranks) if len(cores) > 1 else 1) <= _IN_TILE
+    return bool(ranks[0] == block_p) and max(entries) * (max(ranks) if len(cores) > 1 else 1) <= _IN_TILE
 
 
 def _level_matrices(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> list[Tensor]:

@@ -109,29 +109,30 @@ def gate_problem(
     def function(stored: Rounding, logits: Rounding) -> Callable[..., Tensors]:
         def gate(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensors:
             s = logits.gradient(F.linear(stored.gradient(z), weight, bias))
-            return {"a": stored(reference.entmax(_normalise(s, norm, eps), alpha))}
+            return {"a": stored(reference.entmax(normalise(s, norm, eps), alpha))}
 
         return gate
 
     truth = _evaluate(function(EXACT, EXACT), inputs, [da], torch.float64)
     eager = _evaluate(function(Rounding(dtype), gradient_rounding(dtype)), inputs, [da], torch.float32)
     exact = {name: x.detach().double() for name, x in inputs.items()}
-    return Expected(truth, eager, _gate_magnitudes(exact, truth["a"], da.double(), norm, alpha, eps), dtype)
+    return Expected(truth, eager, gate_magnitudes(exact, truth["a"], da.double(), norm, alpha, eps), dtype)
 
 
-def _normalise(s: Tensor, norm: reference.Norm, eps: float) -> Tensor:
+def normalise(s: Tensor, norm: reference.Norm, eps: float) -> Tensor:
+    """The gate's norm of the logits s (T, N); batch norm with the statistics of these tokens."""
     if norm == "layer":
         return reference.layer_norm(s, eps)
     return reference.batch_norm(s, *reference.batch_norm_statistics(s), eps) if norm == "batch" else s
 
 
-def _gate_magnitudes(
+def gate_magnitudes(
     inputs: Mapping[str, Tensor], a: Tensor, da: Tensor, norm: reference.Norm, alpha: float, eps: float
 ) -> Tensors:
     """t̄ of the gate, in float64: logits are uncertain by |z||G|ᵀ + |b|, x by σ⁻¹ times that."""
     z, weight, bias = inputs["z"], inputs["weight"], inputs.get("bias")
     s, s_bar = F.linear(z, weight, bias), F.linear(z.abs(), weight.abs(), None if bias is None else bias.abs())
-    x = _normalise(s, norm, eps)
+    x = normalise(s, norm, eps)
     rstd, over = torch.ones(()), 1 if norm == "layer" else 0
     if norm != "none":
         rstd = torch.rsqrt(s.var(over, correction=0, keepdim=True) + eps)

@@ -71,6 +71,19 @@ def test_double_backward_is_a_clear_error(name: str, impl: str) -> None:
         torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
 
 
+@pytest.mark.parametrize("name", ["gate", "mxd"])
+def test_each_gradient_alone_is_what_it_is_among_all(name: str) -> None:
+    operator, arguments = samples()[name]
+    leaves = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.requires_grad]
+    output = operator(*arguments, "triton")[0]
+    upstream = torch.randn_like(output)
+    together = torch.autograd.grad(output, [arguments[i] for i in leaves], upstream)
+    for i, expected in zip(leaves, together, strict=True):
+        frozen = [x.detach() if isinstance(x, Tensor) and j != i else x for j, x in enumerate(arguments)]
+        (alone,) = torch.autograd.grad(operator(*frozen, "triton")[0], [arguments[i]], upstream)
+        assert torch.equal(alone, expected)
+
+
 def test_flops_are_counted_on_the_support(device: torch.device) -> None:
     z, weight, h = (tensor(*shape).to(device) for shape in ((T, I), (N, I), (T, H)))
     factors = tensor(N, O).to(device), tensor(O, H).to(device)
@@ -135,6 +148,9 @@ def test_autocast_keeps_the_gates_master_weights(impl: str, dtype: torch.dtype, 
     for x in (z, h, weight, bias, *factors):
         assert x.grad is not None
         assert x.grad.dtype == torch.float32
+    if impl == "triton":  # accumulated in float32, and not rounded on the way out
+        assert not torch.equal(weight.grad, weight.grad.to(dtype).float())
+        assert torch.equal(h.grad, h.grad.to(dtype).float())
 
 
 GATE = {"z": torch.zeros(2, I), "weight": torch.zeros(N, I), "bias": torch.zeros(N), "k": K}

@@ -1,0 +1,114 @@
+"""Run every native operator on inputs that end where the mapped memory ends: one element too far is a fault.
+
+    python -m tests.native.guard_pages [path of the library]
+
+The process dies of a segmentation fault, or of the sanitizer's report where the library was built with one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mumoe_fast.ops._native_library import available
+
+PAGE = mmap.PAGESIZE
+PROT_NONE = 0
+_mappings: list[mmap.mmap] = []  # they live as long as the process: tensors point into them
+
+
+def at_end_of_page(x: Tensor) -> Tensor:
+    """A copy of x whose last element is the last of a mapping, with an unreadable page after it."""
+    size = x.numel() * x.element_size()
+    if size == 0:
+        return x
+    length = -(-size // PAGE) * PAGE
+    mapping = mmap.mmap(-1, length + PAGE)
+    _mappings.append(mapping)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(start + length), ctypes.c_size_t(PAGE), PROT_NONE) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    memory = (ctypes.c_char * size).from_address(start + length - size)
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape).copy_(x)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return at_end_of_page(torch.randn(shape).to(dtype))
+
+
+def sparse(T: int, N: int, share: float, dtype: torch.dtype) -> Tensor:
+    return at_end_of_page((torch.rand(T, N) * (torch.rand(T, N) < share)).to(dtype))
+
+
+def gate(T: int, I: int, N: int, dtype: torch.dtype, norm: str, alpha: float, bias: bool) -> None:
+    native = torch.ops.mumoe_native
+    z, weight, da = normal(T, I, dtype=dtype), normal(N, I, dtype=dtype), normal(T, N, dtype=dtype)
+    b = normal(N, dtype=dtype) if bias else None
+    options = {"norm": norm, "alpha": alpha, "eps": 1e-5}
+    a = at_end_of_page(native.gate_forward(z, weight, b, **options))
+    native.gate_backward(da, a, z, weight, b, **options, needs=[True] * 3)
+    native.entmax_backward(da, native.entmax_forward(da, alpha), alpha)
+    s = at_end_of_page(native.gate_logits_forward(z, weight))
+    native.gate_logits_backward(s, z, weight)
+    mean, var = native.batch_norm_statistics(s)
+    native.batch_norm_statistics_backward(at_end_of_page(mean), at_end_of_page(var), s, at_end_of_page(mean))
+    mean, rstd = at_end_of_page(mean), normal(N).abs()
+    native.batch_entmax_backward(da, native.batch_entmax_forward(s, mean, rstd, alpha, dtype), s, mean, rstd, alpha)
+
+
+def cp(T: int, I: int, O: int, N: Sequence[int], R: int, dtype: torch.dtype, share: float, activation: str) -> None:
+    native = torch.ops.mumoe_native
+    z, dy, in_bias = normal(T, I, dtype=dtype), normal(T, O, dtype=dtype), normal(R, dtype=dtype)
+    a, U = [sparse(T, n, share, dtype) for n in N], [normal(n, R, dtype=dtype) for n in N]
+    shared = normal(R, I, dtype=dtype), in_bias, normal(O, R, dtype=dtype)
+    _, A, B = native.cp_forward(z, a, U, *shared, activation=activation, save=True)
+    native.cp_forward(z, a, U, *shared, activation=activation, save=False)
+    A, B = at_end_of_page(A), at_end_of_page(B)
+    options = {"activation": activation, "needs": [True] * 6}
+    for support_only in (False, True):
+        native.cp_backward(dy, z, a, U, *shared, A, B, **options, support_only=support_only)
+    gates = [normal(n, I, dtype=dtype) for n in N]
+    native.cp_layer(z, gates, U, *shared, norm="layer", alpha=1.5, eps=1e-5)
+
+
+def tr(T: int, I: int, O: int, N: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, share: float) -> None:
+    native, E = torch.ops.mumoe_native, len(N)
+    z, dy, in_bias = normal(T, I, dtype=dtype), normal(T, O, dtype=dtype), normal(*ranks[E:], dtype=dtype)
+    a = [sparse(T, n, share, dtype) for n in N]
+    U = [normal(n, ranks[e], ranks[e + 1], dtype=dtype) for e, n in enumerate(N)]
+    shared = normal(*ranks[E:], I, dtype=dtype), in_bias, normal(O, ranks[0], ranks[-1], dtype=dtype)
+    _, A, B = native.tr_forward(z, a, U, *shared, activation="gelu", save=True)
+    A, B = at_end_of_page(A), at_end_of_page(B)
+    native.tr_backward(dy, z, a, U, *shared, A, B, activation="gelu", needs=[True] * 6, support_only=True)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        torch.ops.load_library(sys.argv[1])
+    else:
+        assert available() is None, available()
+    torch.manual_seed(0)
+    dtypes, shares = (torch.float32, torch.bfloat16), (0.05, 1.0)
+    for dtype, N, alpha in itertools.product(dtypes, (1, 15, 17, 65), (1.0, 1.3, 1.5, 2.0)):
+        gate(3, 17, N, dtype, "layer", alpha, bias=N % 2 == 0)
+        gate(53, 5, N, dtype, "none" if N == 15 else "layer", alpha, bias=False)
+    gate(40, 8, 300, torch.float32, "layer", 1.5, bias=False)
+    gate(49, 768, 33, torch.bfloat16, "layer", 1.5, bias=True)
+    for dtype, R, share in itertools.product(dtypes, (1, 15, 17, 137), shares):
+        for activation in ("none", "gelu", "gelu_tanh", "relu", "silu"):
+            cp(5, 33, 7, (40,), R, dtype, share, activation)
+        cp(18, 17, 19, (33, 2), R, dtype, share, "none")
+        tr(5, 17, 7, (40,), (4, 4, R), dtype, share)
+        tr(5, 17, 7, (33, 2), (1, 3, 5, R), dtype, share)
+    print("no access outside its memory")
+
+
+if __name__ == "__main__":
+    main()
