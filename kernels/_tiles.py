@@ -159,18 +159,9 @@ def _activation_backward_kernel(
         store(activated_ptr + offs, activate(x, ACTIVATION), mask)
 
 
-def input_mode_gradients(
-    dB: Tensor, z: Tensor, in_factor: Tensor, activation: str, needs_z: bool, needs_in_factor: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dz (T, I) and dU_in (R, I) of ``B = act(z) U_inᵀ``, from dB (T, R).
-
-    With an activation act(z) is recomputed by the pass that multiplies dz by its slope. Alive at most: dz and act(z).
-    """
-    dz = torch.mm(dB, in_factor) if needs_z else None
-    if activation == "none":
-        return dz, torch.mm(dB.t(), z) if needs_in_factor else None
+def activation_pass(z: Tensor, activation: str, dz: Tensor | None, activated: Tensor | None) -> None:
+    """One pass over z (T, I): dz, if any, is multiplied by act'(z) in place, and `activated` is filled with act(z)."""
     T, I = z.shape
-    activated = z.new_empty(T, I) if needs_in_factor else None
     config = activation_backward_config(z.device)
     launch(
         _activation_backward_kernel,
@@ -185,6 +176,20 @@ def input_mode_gradients(
         I_ALIGN=alignment(I),
         ACTIVATION=activation,
     )
+
+
+def input_mode_gradients(
+    dB: Tensor, z: Tensor, in_factor: Tensor, activation: str, needs_z: bool, needs_in_factor: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dz (T, I) and dU_in (R, I) of ``B = act(z) U_inᵀ``, from dB (T, R).
+
+    With an activation act(z) is recomputed by the pass that multiplies dz by its slope. Alive at most: dz and act(z).
+    """
+    dz = torch.mm(dB, in_factor) if needs_z else None
+    if activation == "none":
+        return dz, torch.mm(dB.t(), z) if needs_in_factor else None
+    activated = z.new_empty(z.shape) if needs_in_factor else None
+    activation_pass(z, activation, dz, activated)
     return dz, None if activated is None else torch.mm(dB.t(), activated)
 
 

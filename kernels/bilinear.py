@@ -91,9 +91,7 @@ def _bilinear_kernel(
     total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for index in range(M):
         m = tl.cast(index, tl.int64)
-        product = contract(
-            x, _from_stack(C, m), K, offs_t, offs_r, mask_t, mask_r, ACTIVATION, BLOCK_K, PRECISION
-        )
+        product = contract(x, _from_stack(C, m), K, offs_t, offs_r, mask_t, mask_r, ACTIVATION, BLOCK_K, PRECISION)
         if dots_ptr is not None:
             tl.store(dots_ptr + m * T, tl.sum(product * other_tile, axis=1), mask=mask_t)
         if bias is not None:
@@ -133,7 +131,9 @@ def _core_gradient_kernel(
         mask_t = offs_t < T
         v = _joint(levels, m, offs_t, mask_t)
         x_tile = load(x[0] + distance(x, offs_t[None, :], offs_k[:, None]), mask_k[:, None] & mask_t[None, :])
-        dc_tile = load_operand(dc[0] + distance(dc, offs_t[:, None], offs_r[None, :]), mask_t[:, None] & mask_r[None, :])
+        dc_tile = load_operand(
+            dc[0] + distance(dc, offs_t[:, None], offs_r[None, :]), mask_t[:, None] & mask_r[None, :]
+        )
         acc = dot(round_to(x_tile * v[None, :], x[0].dtype.element_ty), dc_tile, acc, PRECISION)
     offs = (m * K + offs_k[:, None]) * R + offs_r[None, :]
     store(dC_ptr + offs, acc, mask_k[:, None] & mask_r[None, :])
@@ -155,7 +155,7 @@ def _contract(
     needs_dots: bool = False,
     activation: str = "none",
 ) -> Tensor | None:
-    """Fill `total` (T, R) with Σ_m v_m ⊙ (act(x) C_m + b_m) and return the dots (M, T) of each act(x) C_m with other."""
+    """Fill `total` (T, R) with Σ_m v_m ⊙ (act(x) C_m + b_m), and return the dots (M, T) of act(x) C_m with `other`."""
     T, (M, K, R) = len(x), C.shape
     config = bilinear_config(x.device, x.dtype, alignment(K, R) >= 8)
     blocks_r = triton.cdiv(R, config.blocks["BLOCK_R"])
@@ -197,6 +197,14 @@ def bilinear_forward(
     return c
 
 
+def _tokens_at_once(x: Tensor, C: Tensor) -> int:
+    """How many tokens' dots the buffer holds in backward, where C's K is split into blocks: whole blocks of tokens."""
+    M, K, R = C.shape
+    blocks = bilinear_config(x.device, x.dtype, alignment(K, R) >= 8).blocks
+    block_t = blocks["BLOCK_T"]
+    return max(_DV_BUFFER // (M * triton.cdiv(K, blocks["BLOCK_R"])) // block_t, 1) * block_t
+
+
 def bilinear_backward(
     dc: Tensor, v: Sequence[Tensor], x: Tensor, C: Tensor, *, needs_v: bool, needs_x: bool
 ) -> tuple[list[Tensor] | None, Tensor | None]:
@@ -204,13 +212,12 @@ def bilinear_backward(
 
     dv is summed over blocks of K, and over the other levels' digits, by torch, from a buffer of bounded size.
     """
-    T, blocks = len(x), triton.cdiv(C.shape[1], bilinear_config(x.device, x.dtype, False).blocks["BLOCK_R"])
+    T = len(x)
     dv = [torch.empty_like(level, dtype=torch.float32) for level in v] if needs_v else None
     dx = x.new_empty(x.shape) if needs_x else None
     if dv is None and dx is None:
         return None, None
-    step = max(_DV_BUFFER // (len(C) * blocks) // 128, 1) * 128 if needs_v else max(T, 1)
-    for start in range(0, T, step):
+    for start in range(0, T, step := _tokens_at_once(x, C) if needs_v else max(T, 1)):
         tokens = slice(start, start + step)
         levels = [level[tokens] for level in v]
         part = None if dx is None else dx[tokens]

@@ -183,6 +183,44 @@ def tr_backward_config(device: torch.device, dtype: torch.dtype, rows: int, wide
     return _with_rows(table[architecture(device)], rows)
 
 
+# --- Bilinear contraction: Tucker's core and the full layer -----------------------------------------------------------
+# A GEMM tile and the sum that it is added to stay in registers, and going back the tile that it is multiplied with.
+
+_BILINEAR_SMALL = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(64, 64, 32, 8, 3),
+    "sm_90": _contraction(64, 64, 32, 8, 3),
+    "sm_100": _contraction(64, 64, 32, 8, 3),
+    "gfx942": _contraction(64, 64, 32, 8, 2),
+}
+_BILINEAR = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(128, 64, 64, 8, 3),
+    "sm_90": _contraction(128, 64, 64, 8, 3),
+    "sm_100": _contraction(128, 64, 64, 8, 3),
+    "gfx942": _contraction(128, 64, 64, 8, 2),
+}
+
+
+def bilinear_config(device: torch.device, dtype: torch.dtype, wide: bool) -> Config:
+    """For a sum of scaled products; `wide` is whether the sizes allow wide loads."""
+    return (_BILINEAR if wide and dtype != torch.float32 else _BILINEAR_SMALL)[architecture(device)]
+
+
+def _core_gradient(block_t: int, block_k: int, block_r: int, num_warps: int, num_stages: int) -> Config:
+    return Config({"BLOCK_T": block_t, "BLOCK_K": block_k, "BLOCK_R": block_r}, num_warps, num_stages)
+
+
+def core_gradient_config(device: torch.device, dtype: torch.dtype, wide: bool) -> Config:
+    """For the sum over tokens, one tile of one matrix of the core; `wide` as above."""
+    if architecture(device) == "interpreter":
+        return _core_gradient(16, 16, 16, 1, 1)
+    stages = 2 if architecture(device) == "gfx942" else 3
+    if wide and dtype != torch.float32:
+        return _core_gradient(64, 128, 64, 8, stages)
+    return _core_gradient(32, 64, 64, 8, stages)
+
+
 # --- Gate: rows of entmax, the fused gate, batch norm's columns -------------------------------------------------------
 # Size classes by the row length N that a tile holds, ascending: the first that holds a row is used. A row longer than
 # the last class of `_ROWS` is read in chunks of `_MULTI_PASS`, a gate wider than the last of its classes is not fused.

@@ -8,6 +8,7 @@ Forward, with x = norm(s) over the N entries of a row ("layer": with the row's o
 Backward, from the saved a, with g = a^{2−α} on the support:
 
     dx = g ⊙ (da − Σ g·da / Σ g)
+    dα = Σ da ⊙ [(a − g/Σ g)/β² + (h − g/Σ g · Σ h)/β],  h = −a log a,  β = α − 1 (where α is learned)
     ds = dx (none),  σ⁻¹ (dx − x·mean(dx ⊙ x)) (layer; mean(dx) is 0),  σ_n⁻¹ dx (batch; the rest is in batch_norm)
 
 A row that fits in registers is read once. A longer one is read again, mostly from the caches, at every step of the
@@ -16,6 +17,7 @@ solver: its kernels have the suffix `multi_pass` and differ in nothing else.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -74,9 +76,12 @@ def _rows_kernel(
     eps,
     NORM: tl.constexpr,
     FAMILY: tl.constexpr,
+    LEARNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    if LEARNED:
+        solver = tl.load(solver), tl.load(solver + 1), tl.load(solver + 2)
     offs_t, offs_n = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
     mask_t, mask_n = offs_t < T, offs_n < N
     if NORM == "layer":
@@ -99,9 +104,12 @@ def _rows_backward_kernel(
     eps,
     NORM: tl.constexpr,
     FAMILY: tl.constexpr,
+    LEARNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    if LEARNED:
+        beta = tl.load(beta)
     offs_t, offs_n = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
     mask_t, mask_n = offs_t < T, offs_n < N
     da_tile, a_tile = _load_tile(da, offs_t, offs_n, mask_t, mask_n), _load_tile(a, offs_t, offs_n, mask_t, mask_n)
@@ -146,9 +154,12 @@ def _rows_multi_pass_kernel(
     eps,
     NORM: tl.constexpr,
     FAMILY: tl.constexpr,
+    LEARNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    if LEARNED:
+        solver = tl.load(solver), tl.load(solver + 1), tl.load(solver + 2)
     offs_t, columns = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
     mask_t = offs_t < T
     zeros = tl.zeros((BLOCK_T,), tl.float32)
@@ -208,9 +219,12 @@ def _rows_backward_multi_pass_kernel(
     eps,
     NORM: tl.constexpr,
     FAMILY: tl.constexpr,
+    LEARNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    if LEARNED:
+        beta = tl.load(beta)
     offs_t, columns = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
     mask_t = offs_t < T
     zeros = tl.zeros((BLOCK_T,), tl.float32)
@@ -261,6 +275,7 @@ def rows_forward(
         a_ptr=a,
         eps=eps,
         NORM=norm,
+        LEARNED=False,
         **solver_arguments(alpha, max(s.shape[1], 1)),
     )
 
@@ -288,6 +303,7 @@ def rows_backward(
         eps=eps,
         NORM=norm,
         FAMILY=family(alpha),
+        LEARNED=False,
     )
 
 
@@ -311,3 +327,55 @@ def entmax_backward(da: Tensor, a: Tensor, alpha: float) -> Tensor:
     dx = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     rows_backward(da, a, dx, norm="none", alpha=alpha)
     return dx
+
+
+def _learned_beta(alpha: Tensor) -> Tensor:
+    """β = α − 1 in double precision, kept off 0, where the general form has no meaning."""
+    return (alpha.detach().double() - 1).clamp(min=1e-6)
+
+
+def learned_entmax_forward(x: Tensor, alpha: Tensor) -> Tensor:
+    """`entmax_forward` for an α that lives on the device: nothing waits for its value."""
+    a = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    beta = _learned_beta(alpha)
+    high = -torch.expm1(-beta * math.log(max(x.shape[1], 1))) / beta * (1 + 1e-6)
+    _launch_rows(
+        (_rows_kernel, _rows_multi_pass_kernel),
+        x,
+        source=(matrix(x), None, None),
+        a_ptr=a,
+        solver=torch.stack([torch.zeros_like(beta), high, beta]).float(),
+        eps=0.0,
+        NORM="none",
+        FAMILY="entmax",
+        LEARNED=True,
+    )
+    return a
+
+
+def learned_entmax_backward(da: Tensor, a: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """dx (T, N) in a's dtype, and dα (a float32 scalar), the gradient of Correia et al. (2019)."""
+    dx = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    beta = _learned_beta(alpha)
+    _launch_rows(
+        (_rows_backward_kernel, _rows_backward_multi_pass_kernel),
+        a,
+        da=matrix(da),
+        a=matrix(a),
+        source=(None, None, None),
+        ds_ptr=dx,
+        beta=beta.float(),
+        eps=0.0,
+        NORM="none",
+        FAMILY="entmax",
+        LEARNED=True,
+    )
+    p, dp, beta = a.float(), da.float(), beta.float()
+    log = torch.where(p > 0, p, 1).log()
+    excess = torch.expm1(-beta * log) * p  # g − a: the difference that (a − g/Σg)/β² divides twice by β
+    total = excess.sum(-1, keepdim=True)
+    share = (p + excess) / (1 + total)
+    entropy = -p * log
+    first = (p * total - excess) / (1 + total) / beta.square()
+    slope = first + (entropy - share * entropy.sum(-1, keepdim=True)) / beta
+    return dx, (dp * slope).sum()

@@ -2,11 +2,22 @@
 
 from mumoe_fast import functional
 from mumoe_fast._version import __version__
-from mumoe_fast.layers import CPExperts, ExpertGate, MuMoE, MuMoEMLP, MxD, TRExperts, TTExperts, TuckerExperts
+from mumoe_fast.layers import (
+    CPExperts,
+    ExpertGate,
+    FullExperts,
+    MuMoE,
+    MuMoEMLP,
+    MxD,
+    TRExperts,
+    TTExperts,
+    TuckerExperts,
+)
 
 __all__ = [
     "CPExperts",
     "ExpertGate",
+    "FullExperts",
     "MuMoE",
     "MuMoEMLP",
     "MxD",

@@ -47,9 +47,12 @@ def last_dimension(name: str, x: Tensor, expected: int, meaning: str) -> None:
         raise ValueError(f"{name}: expected last dimension {expected} ({meaning}), got shape {tuple(x.shape)}")
 
 
-def alpha(value: float) -> None:
-    """ValueError unless α ∈ [1, 2]."""
-    if not 1 <= value <= 2:
+def alpha(value: float | Tensor) -> None:
+    """ValueError unless α ∈ [1, 2], or a floating-point scalar tensor, whose value nobody waits for."""
+    if isinstance(value, Tensor):
+        floating("alpha", value)
+        shape("alpha", value, [])
+    elif not 1 <= value <= 2:
         raise ValueError(f"alpha: expected a number in [1, 2], got {value!r}")
 
 

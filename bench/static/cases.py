@@ -1,8 +1,8 @@
 """What is checked, as data: workloads, and one row per launcher with the shapes of its tensors.
 
 A shape is written in the library's letters: "T N" is (tokens, experts). In a list there is one tensor per hierarchy
-level, and N means that level's number of experts. `float32` after a shape overrides the workload's dtype. To check a
-new kernel, add a row to `OPERATORS`.
+level, and N means that level's number of experts. `float32` or `int64` after a shape overrides the workload's dtype. To
+check a new kernel, add a row to `OPERATORS`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mumoe_fast.kernels import batch_norm, cp, entmax, gate, tensor_ring
+from mumoe_fast.kernels import batch_norm, cp, entmax, gate, mxd, tensor_ring
 
 Shape = str | Sequence[str]
+_DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Workload:
     factorization: str = "cp"
 
     def sizes(self, level: int = 0) -> dict[str, int]:
-        """The letters' values at a hierarchy level; P and M are the ring's first ranks, which the paper sets to 4."""
-        return {"P": 4, "M": 4, "T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
+        """The letters' values at a hierarchy level; P and M are the ring's first ranks (the paper's), K is MxD's."""
+        return {"P": 4, "M": 4, "K": 32, "T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
 
 
 def _gpt2(rank: int, factorization: str = "cp") -> tuple[Workload, Workload]:
@@ -57,6 +58,7 @@ WORKLOADS = (
     *_gpt2(144, "tr"),  # matched parameters
     *_gpt2(149, "tr"),  # the paper's
     Workload("final layer, ring, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tr"),
+    Workload("MxD, GPT-2", T=8192, I=768, O=768, R=0, N=(21_500,), factorization="mxd"),
     Workload("longest row, N 65,536", T=4096, I=768, O=0, R=0, N=(65_536,)),
 )
 
@@ -65,6 +67,7 @@ SMALL_WORKLOADS = (
     Workload("small", T=192, I=256, O=272, R=264, N=(256,)),
     Workload("small, four levels", T=160, I=128, O=144, R=136, N=(128, 4, 4, 4), activation="gelu"),
     Workload("small ring", T=160, I=128, O=144, R=72, N=(128,), activation="gelu", factorization="tr"),
+    Workload("small MxD", T=48, I=64, O=96, R=0, N=(300,), activation="gelu", factorization="mxd"),
     Workload("small, N 2,048", T=16, I=64, O=64, R=64, N=(2048,)),
     Workload("small, N 20,480", T=4, I=64, O=0, R=0, N=(20_480,)),  # more than registers hold
 )
@@ -102,6 +105,10 @@ def _is_ring(workload: Workload) -> bool:
     return workload.factorization == "tr"
 
 
+def _is_mxd(workload: Workload) -> bool:
+    return workload.factorization == "mxd"
+
+
 def _starts_a_block(workload: Workload) -> bool:
     """The gate runs on the block's input, once for both expert layers, and for every factorisation alike."""
     return workload.activation == "none" and workload.factorization == "cp"
@@ -132,6 +139,15 @@ _TR_CORES: dict[str, Shape | None] = {
     "in_core": "M R I",
     "in_bias": "M R",
     "out_core": "O P R",
+}
+
+
+_MXD: dict[str, Shape | None] = {
+    "z": "T I",
+    "values": "T K",
+    "indices": "T K int64",
+    "expert_factors": "N O",
+    "out_factor": "O I",
 }
 
 
@@ -179,6 +195,18 @@ OPERATORS: tuple[Operator, ...] = (
         {"activation": _activation, "needs": cp.CPNeeds()},
         fits=_is_cp,
     ),
+    Operator(
+        mxd.topk_gate_backward,
+        {"dvalues": "T K", "values": "T K", "indices": "T K int64", "z": "T I", "weight": "N I"},
+        fits=_is_mxd,
+    ),
+    Operator(mxd.mxd_forward, _MXD, {"activation": "gelu", "save": True}, fits=_is_mxd),
+    Operator(
+        mxd.mxd_backward,
+        {"dy": "T O", "A": "T O", "B": "T O", **_MXD},
+        {"activation": "gelu", "needs": mxd.MxDNeeds()},
+        fits=_is_mxd,
+    ),
     Operator(tensor_ring.tr_forward, _TR_CORES, {"activation": _activation, "save": True}, fits=_is_ring),
     Operator(
         tensor_ring.tr_backward,
@@ -219,13 +247,16 @@ class Case:
         return [self._tensor(name, one, each, device) for each in range(len(self.workload.N)) for one in shape]
 
     def _tensor(self, name: str, shape: str, level: int, device: str) -> Tensor:
-        letters = [word for word in shape.split() if word != "float32"]
-        dtype = torch.float32 if "float32" in shape else self.dtype
+        letters = [word for word in shape.split() if word not in _DTYPES]
+        dtype = next((_DTYPES[word] for word in shape.split() if word in _DTYPES), self.dtype)
         sizes = self.workload.sizes(level)
         values = torch.empty([sizes[letter] for letter in letters], device=device, dtype=dtype)
         if device == "meta":
             return values
-        values = values.normal_(generator=torch.Generator().manual_seed(len(name)))
+        generator = torch.Generator().manual_seed(len(name))
+        if dtype == torch.int64:
+            return values.random_(sizes["N"], generator=generator)
+        values = values.normal_(generator=generator)
         return values.softmax(-1) if name in ("a", "coefficients") else values.abs_() if name == "rstd" else values
 
 

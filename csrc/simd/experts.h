@@ -90,13 +90,15 @@ MUMOE_INLINE Floats near_zero(Floats x) {
   return clamped(x, -20.0f, 20.0f);
 }
 
+// S is what the results are stored as.
+template <class S>
 struct Gelu {
   MUMOE_INLINE Floats value(Floats x) {
-    return x * normal_cdf(x);
+    return x * normal_cdf(x, S{});
   }
   MUMOE_INLINE Floats slope(Floats x) {
     x = near_zero(x);
-    return normal_cdf(x) + x * (0.39894228f * exp(-0.5f * x * x));
+    return normal_cdf(x, S{}) + x * normal_density(x, S{});
   }
 };
 
@@ -135,10 +137,10 @@ struct Silu {
   }
 };
 
-template <class Body>
+template <class S, class Body>
 MUMOE_INLINE void with(Activation activation, Body body) {
   switch (activation) {
-    case Activation::gelu: return body(Gelu{});
+    case Activation::gelu: return body(Gelu<S>{});
     case Activation::gelu_tanh: return body(GeluTanh{});
     case Activation::relu: return body(Relu{});
     case Activation::silu: return body(Silu{});
@@ -148,14 +150,14 @@ MUMOE_INLINE void with(Activation activation, Body body) {
 
 template <class S>
 void activate(const S* z, int64_t n, Activation activation, S* out) {
-  with(activation, [&](auto f) {
+  with<S>(activation, [&](auto f) {
     sweep(n, [&](int64_t i, auto lanes) { store(out + i, f.value(load(z + i, lanes)), lanes); });
   });
 }
 
 template <class S>
 void activate_backward(const S* z, int64_t n, Activation activation, S* dz) {
-  with(activation, [&](auto f) {
+  with<S>(activation, [&](auto f) {
     sweep(n, [&](int64_t i, auto lanes) {
       store(dz + i, load(dz + i, lanes) * f.slope(load(z + i, lanes)), lanes);
     });

@@ -7,6 +7,7 @@ operator, or, with `impl="reference"`, the reference under ordinary autograd.
 """
 
 from mumoe_fast.functional.experts import cp_experts, tr_experts, tucker_experts
+from mumoe_fast.functional.full import full_experts
 from mumoe_fast.functional.gate import batch_norm_gate, entmax, gate
 from mumoe_fast.functional.mxd import mxd_experts, topk_gate
 
@@ -14,6 +15,7 @@ __all__ = [
     "batch_norm_gate",
     "cp_experts",
     "entmax",
+    "full_experts",
     "gate",
     "mxd_experts",
     "topk_gate",

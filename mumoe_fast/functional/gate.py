@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mumoe_fast import _validation as check
@@ -14,7 +15,7 @@ from mumoe_fast.ops.dispatch import choose
 __all__ = ["batch_norm_gate", "entmax", "gate"]
 
 
-def entmax(x: Tensor, alpha: float = 1.5, *, impl: str = "auto") -> Tensor:
+def entmax(x: Tensor, alpha: float | Tensor = 1.5, *, impl: str = "auto") -> Tensor:
     r"""α-entmax over the last dimension: ``a_n = [(α−1)x_n − τ]₊^{1/(α−1)}`` with τ such that ``Σ a_n = 1``.
 
     Softmax at α = 1, the paper's activation at 1.5, sparsemax at 2. Coefficients off the support are exactly zero. τ is
@@ -23,7 +24,8 @@ def entmax(x: Tensor, alpha: float = 1.5, *, impl: str = "auto") -> Tensor:
 
     Args:
         x: (..., N), floating point, any strides.
-        alpha: a number in [1, 2].
+        alpha: a number in [1, 2]; or a scalar tensor in (1, 2] on x's device, which then gets a gradient (Correia et
+            al., 2019) and whose value is never waited for.
         impl: "auto" or an implementation by name.
 
     Returns:
@@ -38,14 +40,22 @@ def entmax(x: Tensor, alpha: float = 1.5, *, impl: str = "auto") -> Tensor:
     check.alpha(alpha)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., N) with at least one expert, got {tuple(x.shape)}")
-    impl = choose(impl, x)
+    return _entmax(x, alpha, choose(impl, x))
+
+
+def _entmax(x: Tensor, alpha: float | Tensor, impl: str) -> Tensor:
+    """`entmax` of checked arguments by a chosen implementation."""
     if impl == "reference":
         return reference.entmax(x, alpha)
-    a: Tensor = ops.entmax.entmax(x.reshape(-1, x.shape[-1]), alpha, impl)
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(alpha, Tensor):
+        a: Tensor = ops.entmax.learned_entmax(rows, alpha, impl)
+    else:
+        a = ops.entmax.entmax(rows, alpha, impl)
     return a.view(x.shape)
 
 
-def _check_gate(z: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, eps: float) -> Tensor:
+def _check_gate(z: Tensor, weight: Tensor, bias: Tensor | None, alpha: float | Tensor, eps: float) -> Tensor:
     """Check a gate's arguments; z as autocast wants it, beside which the weight may stay float32."""
     z = gate_logits_arguments(z, weight, bias)
     check.alpha(alpha)
@@ -60,7 +70,7 @@ def gate(
     bias: Tensor | None = None,
     *,
     norm: str = "layer",
-    alpha: float = 1.5,
+    alpha: float | Tensor = 1.5,
     eps: float = 1e-5,
     impl: str = "auto",
 ) -> Tensor:
@@ -75,7 +85,7 @@ def gate(
         bias: (N,), added to the logits before the norm, or None.
         norm: "layer" (over the experts, without affine parameters) or "none". Batch norm's statistics are the business
             of `batch_norm_gate`; with given statistics it is weight and bias folded, and norm="none".
-        alpha: entmax's, in [1, 2].
+        alpha: entmax's, in [1, 2]; or a scalar tensor, as `entmax` takes it.
         eps: added to the variance.
         impl: "auto" or an implementation by name.
 
@@ -92,7 +102,14 @@ def gate(
     impl = choose(impl, z)
     if impl == "reference":
         return reference.gate(z, weight, bias, norm="layer" if norm == "layer" else "none", alpha=alpha, eps=eps)
-    a: Tensor = ops.gate.gate(z.reshape(-1, z.shape[-1]), weight, bias, norm, alpha, eps, impl)
+    tokens = z.reshape(-1, z.shape[-1])
+    if isinstance(alpha, Tensor):  # the fused gate is compiled for one α: here its three steps, in float32
+        s = ops.batch_norm.gate_logits(tokens, weight, impl)
+        s = s if bias is None else s + bias
+        x = F.layer_norm(s, s.shape[-1:], eps=eps) if norm == "layer" else s
+        a = _entmax(x, alpha, impl).to(z.dtype)
+    else:
+        a = ops.gate.gate(tokens, weight, bias, norm, alpha, eps, impl)
     return a.view(*z.shape[:-1], weight.shape[0])
 
 
@@ -100,7 +117,7 @@ def batch_norm_gate(
     z: Tensor,
     weight: Tensor,
     *,
-    alpha: float = 1.5,
+    alpha: float | Tensor = 1.5,
     eps: float = 1e-5,
     process_group: dist.ProcessGroup | None = None,
     impl: str = "auto",
@@ -113,7 +130,7 @@ def batch_norm_gate(
     Args:
         z: (..., I), at least two tokens over all ranks.
         weight: (N, I), z's device and dtype.
-        alpha: entmax's, in [1, 2].
+        alpha: entmax's, in [1, 2]; or a scalar tensor, as `entmax` takes it.
         eps: added to the variance.
         process_group: the ranks that share statistics; None is the default group.
         impl: "auto" or an implementation by name.
@@ -136,8 +153,8 @@ def batch_norm_gate(
     mean, var, T = _synchronize(mean, var, tokens.shape[0], process_group)
     if isinstance(T, int) and T < 2:
         raise ValueError(f"z: batch norm expected at least 2 tokens in training, got {T}")
-    if impl == "reference":
-        a = reference.entmax(reference.batch_norm(s, mean, var, eps), alpha).to(z.dtype)
+    if impl == "reference" or isinstance(alpha, Tensor):
+        a = _entmax(reference.batch_norm(s, mean, var, eps), alpha, impl).to(z.dtype)
     else:
         a = ops.batch_norm.batch_entmax(s, mean, torch.rsqrt(var + eps), alpha, z.dtype, impl)
     unbiased = var.detach() * (T / (T - 1))

@@ -2,6 +2,7 @@
 
 from mumoe_fast.layers.cp import CPExperts
 from mumoe_fast.layers.experts import Experts
+from mumoe_fast.layers.full import FullExperts
 from mumoe_fast.layers.gate import ExpertGate
 from mumoe_fast.layers.mumoe import MuMoE, MuMoEMLP
 from mumoe_fast.layers.mxd import MxD, MxDExperts
@@ -12,6 +13,7 @@ __all__ = [
     "CPExperts",
     "ExpertGate",
     "Experts",
+    "FullExperts",
     "MuMoE",
     "MuMoEMLP",
     "MxD",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -65,6 +66,7 @@ class ExpertGate(nn.Module):
             running statistics for evaluation, synchronised across ranks) or "none". None is "layer" for entmax and
             "none" for top-k, which has no other.
         alpha: entmax's, in [1, 2]; the paper's is 1.5.
+        learn_alpha: make α a parameter of every level, starting from `alpha`, which is then inside (1, 2).
         eps: added to the norm's variance.
         process_group: the ranks that share batch norm's statistics; None is the default group.
         impl: "auto" or an implementation by name.
@@ -74,6 +76,7 @@ class ExpertGate(nn.Module):
     Parameters:
         weights[e]: (N_e, I).
         biases[e]: (N_e,), with top-k only.
+        raw_alpha: (E,), with `learn_alpha` only: ``α_e = 1 + sigmoid(raw_alpha_e)``.
 
     Raises:
         TypeError, ValueError: an argument is not as above, by name.
@@ -88,6 +91,7 @@ class ExpertGate(nn.Module):
         k: int = 32,
         norm: str | None = None,
         alpha: float = 1.5,
+        learn_alpha: bool = False,
         eps: float = 1e-5,
         process_group: dist.ProcessGroup | None = None,
         impl: str = "auto",
@@ -101,6 +105,8 @@ class ExpertGate(nn.Module):
             norm = "layer" if activation == "entmax" else "none"
         check.one_of("norm", norm, check.NORMS if activation == "entmax" else ("none",))
         check.alpha(alpha)
+        if learn_alpha and (not 1 < alpha < 2 or activation != "entmax"):
+            raise ValueError(f"learn_alpha: expected entmax with alpha inside (1, 2), got {activation} with {alpha!r}")
         check.impl(impl)
         self.in_features = in_features
         self.num_experts = check.levels(num_experts)
@@ -117,6 +123,9 @@ class ExpertGate(nn.Module):
         self.biases = nn.ParameterList(
             torch.empty(N, device=device, dtype=dtype) for N in self.num_experts if activation == "topk"
         )
+        self.raw_alpha = (
+            nn.Parameter(torch.empty(len(self.num_experts), device=device, dtype=dtype)) if learn_alpha else None
+        )
         self.norms = nn.ModuleList(
             RunningStatistics(N, device=device, dtype=dtype) for N in self.num_experts if norm == "batch"
         )
@@ -131,6 +140,8 @@ class ExpertGate(nn.Module):
                 uniform_(weight, self.in_features)
         for bias in self.biases:
             uniform_(bias, self.in_features)
+        if self.raw_alpha is not None:
+            nn.init.constant_(self.raw_alpha, math.log((self.alpha - 1) / (2 - self.alpha)))
         for statistics in self.norms:
             assert isinstance(statistics, RunningStatistics)
             statistics.reset_running_stats()
@@ -153,25 +164,26 @@ class ExpertGate(nn.Module):
 
     def _level(self, z: Tensor, e: int) -> Tensor:
         weight = self.weights[e]
+        alpha = self.alpha if self.raw_alpha is None else 1 + torch.sigmoid(self.raw_alpha[e].float())
         if self.norm != "batch":
-            return gate(z, weight, norm=self.norm, alpha=self.alpha, eps=self.eps, impl=self.impl)
+            return gate(z, weight, norm=self.norm, alpha=alpha, eps=self.eps, impl=self.impl)
         statistics = self.norms[e]
         assert isinstance(statistics, RunningStatistics)
         if self.training:
             a, mean, var = batch_norm_gate(
-                z, weight, alpha=self.alpha, eps=self.eps, process_group=self.process_group, impl=self.impl
+                z, weight, alpha=alpha, eps=self.eps, process_group=self.process_group, impl=self.impl
             )
             statistics.update(mean, var)
             return a
         # With its statistics given, batch norm is a scale and a shift of the logits: fold them into the weight.
         scale = torch.rsqrt(statistics.running_var + self.eps)
         folded, bias = weight * scale.unsqueeze(1), -statistics.running_mean * scale
-        return gate(z, folded, bias, norm="none", alpha=self.alpha, eps=self.eps, impl=self.impl)
+        return gate(z, folded, bias, norm="none", alpha=alpha, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:
         """The sizes and options, as `nn.Linear` shows its own."""
         experts = self.num_experts[0] if len(self.num_experts) == 1 else self.num_experts
-        options = f"norm={self.norm!r}, alpha={self.alpha}"
+        options = f"norm={self.norm!r}, alpha={self.alpha}{'' if self.raw_alpha is None else ' (learned)'}"
         if self.activation == "topk":
             options = f"activation='topk', k={self.k}"
         return f"in_features={self.in_features}, num_experts={experts}, {options}, impl={self.impl!r}"

@@ -11,12 +11,13 @@ from mumoe_fast import _validation as check
 from mumoe_fast import rank as counts
 from mumoe_fast.layers.cp import CPExperts
 from mumoe_fast.layers.experts import Experts
+from mumoe_fast.layers.full import FullExperts
 from mumoe_fast.layers.gate import ExpertGate
 from mumoe_fast.layers.tensor_ring import TRExperts, TTExperts
 from mumoe_fast.layers.tucker import TuckerExperts
 
 EXPERTS: dict[str, type[Experts]] = {
-    layer.factorization: layer for layer in (CPExperts, TRExperts, TTExperts, TuckerExperts)
+    layer.factorization: layer for layer in (CPExperts, TRExperts, TTExperts, TuckerExperts, FullExperts)
 }
 
 
@@ -29,10 +30,10 @@ class MuMoE(nn.Module):
         in_features: I.
         out_features: O.
         num_experts: N, or one N_e per hierarchy level.
-        factorization: "cp", "tr" (tensor ring), "tt" (tensor train) or "tucker".
+        factorization: "cp", "tr" (tensor ring), "tt" (tensor train), "tucker" or "full" (none: a dense MoE).
         rank: as the factorisation's layer takes it, an int or one int per core or mode; None matches the parameters of
-            `nn.Linear(in_features, out_features)`, gate and bias counted, to the nearest multiple of 8.
-        bias: with the input mode's bias.
+            `nn.Linear(in_features, out_features)`, gate and bias counted, to the nearest multiple of 8 ("full": none).
+        bias: with the input mode's bias, or for "full" one bias per expert.
         norm: of the gate: "layer", "batch" or "none".
         alpha: of the gate's entmax, in [1, 2].
         impl: "auto" or an implementation by name.
@@ -63,7 +64,7 @@ class MuMoE(nn.Module):
         check.positive("out_features", out_features)
         check.one_of("factorization", factorization, list(EXPERTS))
         shape = counts.resolve((in_features, out_features), check.levels(num_experts), factorization, rank, bias)
-        levels, rank = shape.num_experts, shape.rank
+        levels, rank = shape.num_experts, shape.rank or None  # "full" has none
         self.in_features, self.out_features = in_features, out_features
         self.factorization = factorization
         self.gate = ExpertGate(in_features, levels, norm=norm, alpha=alpha, impl=impl, device=device, dtype=dtype)
@@ -93,10 +94,11 @@ class MuMoEMLP(nn.Module):
         out_features: O; None is I.
         num_experts: N, or one N_e per hierarchy level.
         activation: between the two: "gelu", "gelu_tanh", "relu" or "silu".
-        factorization: "cp", "tr" (tensor ring), "tt" (tensor train) or "tucker".
+        factorization: "cp", "tr" (tensor ring), "tt" (tensor train), "tucker" or "full" (none: a dense MoE).
         rank: of both expert layers, as the factorisation's layer takes it, an int or one int per core or mode; None
-            matches the parameters of the two linear layers, gate and biases counted, to the nearest multiple of 8.
-        bias: with the input modes' biases.
+            matches the parameters of the two linear layers, gate and biases counted, to the nearest multiple of 8
+            ("full": none).
+        bias: with the input modes' biases, or for "full" one bias per expert.
         norm: of the gate: "layer", "batch" or "none".
         alpha: of the gate's entmax, in [1, 2].
         impl: "auto" or an implementation by name.
@@ -132,7 +134,7 @@ class MuMoEMLP(nn.Module):
         check.one_of("factorization", factorization, list(EXPERTS))
         features = (in_features, hidden_features, out_features)
         shape = counts.resolve(features, check.levels(num_experts), factorization, rank, bias)
-        levels, rank = shape.num_experts, shape.rank
+        levels, rank = shape.num_experts, shape.rank or None  # "full" has none
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.factorization, self.activation = factorization, activation
         experts = EXPERTS[factorization]

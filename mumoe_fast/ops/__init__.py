@@ -4,6 +4,6 @@ Opaque to the compiler, functional (no argument is ever written to), and free of
 the public door. The `impl` argument names the implementation that runs; the reference is never an operator.
 """
 
-from mumoe_fast.ops import batch_norm, cp, entmax, gate, mxd, tensor_ring, tucker
+from mumoe_fast.ops import batch_norm, cp, entmax, full, gate, mxd, tensor_ring, tucker
 
-__all__ = ["batch_norm", "cp", "entmax", "gate", "mxd", "tensor_ring", "tucker"]
+__all__ = ["batch_norm", "cp", "entmax", "full", "gate", "mxd", "tensor_ring", "tucker"]

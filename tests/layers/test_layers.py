@@ -210,3 +210,27 @@ def test_a_bad_row_spoils_itself_alone(impl: str, bad: float, norm: str, device:
     assert y[2].isnan().all()
     rows = [0, 1, 3]
     assert torch.equal(y[rows], clean[rows])
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+def test_a_learned_alpha_starts_as_given_and_is_trained(impl: str, norm: str, device: torch.device) -> None:
+    gate = ExpertGate(8, (5, 3), norm=norm, alpha=1.3, learn_alpha=True, impl=impl).to(device)
+    fixed = ExpertGate(8, (5, 3), norm=norm, alpha=1.3, impl="reference").to(device)
+    for mine, theirs in zip(gate.weights, fixed.weights, strict=True):
+        nn.init.normal_(mine)
+        theirs.data.copy_(mine.data)
+    x = torch.randn(6, 8, device=device)
+    for a, expected in zip(gate(x), fixed(x), strict=True):
+        torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-6)
+    sum((a.square() * torch.randn_like(a)).sum() for a in gate(x)).backward()
+    assert gate.raw_alpha is not None
+    assert gate.raw_alpha.grad is not None
+    assert (gate.raw_alpha.grad != 0).all()
+    assert set(gate.state_dict()) - set(fixed.state_dict()) == {"raw_alpha"}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_a_learned_alpha_starts_inside_its_range(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"learn_alpha: expected entmax with alpha inside \(1, 2\)"):
+        ExpertGate(8, 5, alpha=alpha, learn_alpha=True)

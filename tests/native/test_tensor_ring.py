@@ -90,9 +90,7 @@ SHAPES = [
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("N", "ranks"), SHAPES, ids=str)
 @pytest.mark.parametrize("T", [1, 7])
-def test_tr(
-    T: int, N: tuple[int, ...], ranks: tuple[int, ...], bias: bool, share: float, dtype: torch.dtype
-) -> None:
+def test_tr(T: int, N: tuple[int, ...], ranks: tuple[int, ...], bias: bool, share: float, dtype: torch.dtype) -> None:
     named, dy = inputs(T, 18, 11, N, ranks, dtype, share, bias), torch.randn(T, 11).to(dtype)
     expected(named, dy, None).accept(run(named, dy))
 

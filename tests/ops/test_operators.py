@@ -38,6 +38,7 @@ def samples() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "entmax permuted": (entmax.entmax, (permuted(T, N), 1.25)),
         "entmax bfloat16": (entmax.entmax, (tensor(T, N, dtype=half), 2.0)),
         "entmax without tokens": (entmax.entmax, (tensor(0, N), 1.5)),
+        "learned_entmax": (entmax.learned_entmax, (tensor(T, N), torch.tensor(1.4, requires_grad=True))),
         "gate": (gate.gate, (tensor(T, I), tensor(N, I), None, "layer", 1.5, 1e-5)),
         "gate permuted, bias": (gate.gate, (permuted(T, I), permuted(N, I), tensor(N), "none", 1.5, 1e-5)),
         "gate, master weight": (gate.gate, (tensor(T, I, dtype=half), tensor(N, I), None, "layer", 1.5, 1e-5)),
