@@ -4,9 +4,9 @@
 gives wheels, editable installs, mypy and import-linter the same picture.
 
 The native CPU kernels (`mumoe_fast/_native.*.so`) need PyTorch 2.11 or later in the building environment and a C++20
-compiler. They are optional: without either, or with MUMOE_NATIVE=0, the package installs without them. PyTorch is not in
-`build-system.requires`, so pass `--no-build-isolation` to build them against the one that is installed. They use its
-stable ABI alone: what was built once works with every later PyTorch, and with every Python from 3.11 on.
+compiler. They are optional: without either, or with MUMOE_NATIVE=0, the package installs without them. PyTorch is not
+in `build-system.requires`, so pass `--no-build-isolation` to build them against the one that is installed. They use
+its stable ABI alone: what was built once works with every later PyTorch, and with every Python from 3.11 on.
 """
 
 import os
@@ -67,6 +67,7 @@ class ParallelBuild(build_ext):
     """Compiles the sources of the one extension side by side: they take seconds each, and there are a dozen."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build `ext` with a compiler that takes its sources one by one, as many at a time as there are cores."""
         compile_all = self.compiler.compile
 
         def compile_in_parallel(sources, *args, **kwargs):

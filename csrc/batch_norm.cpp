@@ -43,11 +43,12 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor s) {
 }
 
 Tensor batch_norm_statistics_backward(Tensor dmean, Tensor dvar, Tensor s, Tensor mean) {
-  Tensor dense = with_dense_rows(s), dmean_row = as_contiguous(dmean), dvar_row = as_contiguous(dvar), m = as_contiguous(mean);
+  Tensor dense = with_dense_rows(s), mean_row = as_contiguous(mean);
+  Tensor dmean_row = as_contiguous(dmean), dvar_row = as_contiguous(dvar);
   Matrix<float> x = matrix<float>(dense);
   Tensor ds = empty<float>({x.rows, x.columns});
   Matrix<float> out = matrix<float>(ds);
-  const float *dm = data<float>(dmean_row), *dv = data<float>(dvar_row), *centre = data<float>(m);
+  const float *dm = data<float>(dmean_row), *dv = data<float>(dvar_row), *centre = data<float>(mean_row);
   float share = 1.0f / static_cast<float>(x.rows);
   parallel(x.rows, 4 * x.columns, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {

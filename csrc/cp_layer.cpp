@@ -1,8 +1,8 @@
 // cp_layer: gate and CP experts of one layer in one call, without gradients.
 //
-// Few tokens (decoding, one input) are read out of the weights in two parallel passes with everything small between them:
-// rows of G and U_in against z; norm, entmax and the support's rows of U_e; rows of U_out against h. All that lies in
-// between is one block of float32 scratch. More tokens go through the operators of the two halves.
+// Few tokens (decoding, one input) are read out of the weights in two parallel passes, with everything small between
+// them: rows of G and U_in against z; norm, entmax and the support's rows of U_e; rows of U_out against h. All that lies
+// in between is one block of float32 scratch. More tokens go through the operators of the two halves.
 #include <cmath>
 
 #include "cp.h"
@@ -18,12 +18,6 @@ struct Options {
   bool layer;
   float alpha, eps;
 };
-
-// Rows of a weight that a thread takes at least: fewer cost more to hand out than to read.
-template <class Body>
-void over_rows(int64_t rows, int64_t work_per_row, const Body& body) {
-  parallel(rows, work_per_row, body);
-}
 
 template <class S>
 Tensor few_tokens(const Tensor& z, const std::vector<Tensor>& gates, const std::vector<Tensor>& experts,
@@ -42,7 +36,7 @@ Tensor few_tokens(const Tensor& z, const std::vector<Tensor>& gates, const std::
   Matrix<S> z_rows = matrix<S>(z);
   for (int64_t t = 0; t < T; ++t) rows_of<S>().widen(z_rows[t], I, x + t * I);
 
-  over_rows(columns, T * I / 2, [&](int64_t first, int64_t last) {
+  parallel(columns, T * I / 2, [&](int64_t first, int64_t last) {
     int64_t start = 0;
     auto part = [&](const Tensor& weight) {
       int64_t begin = std::max(first - start, int64_t{0}), end = std::min(last - start, weight.size(0));
@@ -73,7 +67,7 @@ Tensor few_tokens(const Tensor& z, const std::vector<Tensor>& gates, const std::
     }
   }
 
-  over_rows(O, T * R / 2, [&](int64_t first, int64_t last) {
+  parallel(O, T * R / 2, [&](int64_t first, int64_t last) {
     rows_of<S>().dots(h, T, R, data<S>(out_factor), out_factor.stride(0), first, last, y_float, O);
   });
   Tensor y = empty<S>({T, O});

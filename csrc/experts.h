@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> activated_linear_backward(
   return {dz, dW};
 }
 
-// One level's contraction a U of coefficients (T, N) with expert factors (N, R): over the support, or as a dense product.
+// One level's contraction a U of coefficients (T, N) with expert factors (N, R), over the support or as a dense product.
 template <class S>
 class Contraction {
  public:

@@ -4,8 +4,8 @@
 //
 //   c = mean(dx̂ ⊙ x̂),  ds = σ⁻¹(dx̂ − c x̂),  dz = ds G,  dG = dsᵀ z
 //
-// ds is dense, because x̂ is. Where there are many tokens and experts, its dense part never appears: with Gc = G less its
-// mean row, x̂ = σ⁻¹ z Gcᵀ, and so with the I×I matrices C = Gcᵀ Gc and K = zᵀ diag(σ⁻² c) z
+// ds is dense, because x̂ is. With many tokens and experts its dense part need not appear: with Gc = G less its mean row,
+// x̂ = σ⁻¹ z Gcᵀ, and so with the I×I matrices C = Gcᵀ Gc and K = zᵀ diag(σ⁻² c) z
 //
 //   σ⁻¹ from z C zᵀ / N,  dz = σ⁻¹(dx̂ G − σ⁻¹ c z C),  dG = (σ⁻¹dx̂)ᵀ z − Gc K
 //
@@ -141,8 +141,8 @@ bool gram_wins(int64_t T, int64_t I, int64_t N) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> gate_backward(
-    Tensor da, Tensor a, Tensor z, Tensor weight, std::optional<Tensor> bias, std::string norm, double alpha, double eps,
-    std::vector<bool> needs) {
+    Tensor da, Tensor a, Tensor z, Tensor weight, std::optional<Tensor> bias, std::string norm, double alpha,
+    double eps, std::vector<bool> needs) {
   return with_element(z, [&](auto element) -> std::tuple<Tensor, Tensor, Tensor> {
     using S = decltype(element);
     Tensor upstream = with_dense_rows(da), forward = with_dense_rows(a);

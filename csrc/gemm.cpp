@@ -4,6 +4,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <array>
 #include <atomic>
 
 namespace mumoe {

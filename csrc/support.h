@@ -26,8 +26,8 @@ int64_t count_support(Matrix<S> a, int64_t* counts) {
   return total;
 }
 
-// Products over the support win over GEMMs while rows have fewer than N / share nonzeros on average. Measured forward and
-// backward for N = 256, R = 552 (AMD Zen 4): 44 … 80 of 256 in float32, 22 … 42 in bfloat16, whose GEMMs are faster.
+// Products over the support win over GEMMs while rows have fewer than N / share nonzeros on average. Measured for N = 256,
+// R = 552 on AMD Zen 4: up to 44 (forward) … 80 (backward) nonzeros in float32, 22 … 42 in bfloat16, whose GEMMs are faster.
 template <class S>
 constexpr int64_t kDenseShare = 5;
 template <>

@@ -114,7 +114,7 @@ auto with_element(const Tensor& x, Body body) {
   return dtype == ScalarType::Float ? body(float{}) : body(bfloat16{});
 }
 
-// Memory for a computation on a thread's own, aligned for vectors and freed with it.
+// Memory of a thread's own for rows in between, with room for one vector more.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) : memory_(static_cast<size_t>(floats) + 16) {}
@@ -126,7 +126,7 @@ class Scratch {
   std::vector<float> memory_;
 };
 
-// Run body(first, last) over 0 … n in parallel, in pieces worth at least `grain` elementary operations at `cost` each.
+// Run body(first, last) over 0 … n in parallel, in pieces that are worth handing out: an item takes about `cost` steps.
 template <class Body>
 void parallel(int64_t n, int64_t cost, const Body& body) {
   constexpr int64_t grain = 1 << 15;

@@ -201,8 +201,8 @@ def _tokens_at_once(x: Tensor, C: Tensor) -> int:
     """How many tokens' dots the buffer holds in backward, where C's K is split into blocks: whole blocks of tokens."""
     M, K, R = C.shape
     blocks = bilinear_config(x.device, x.dtype, alignment(K, R) >= 8).blocks
-    block_t = blocks["BLOCK_T"]
-    return max(_DV_BUFFER // (M * triton.cdiv(K, blocks["BLOCK_R"])) // block_t, 1) * block_t
+    dots_per_block = M * triton.cdiv(K, blocks["BLOCK_R"]) * blocks["BLOCK_T"]
+    return max(_DV_BUFFER // int(dots_per_block), 1) * blocks["BLOCK_T"]
 
 
 def bilinear_backward(

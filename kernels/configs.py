@@ -186,7 +186,14 @@ def tr_backward_config(device: torch.device, dtype: torch.dtype, rows: int, wide
 # --- Bilinear contraction: Tucker's core and the full layer -----------------------------------------------------------
 # A GEMM tile and the sum that it is added to stay in registers, and going back the tile that it is multiplied with.
 
-_BILINEAR_SMALL = {
+_BILINEAR_FLOAT32 = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(64, 32, 16, 8, 3),
+    "sm_90": _contraction(64, 32, 16, 8, 3),
+    "sm_100": _contraction(64, 32, 16, 8, 3),
+    "gfx942": _contraction(64, 32, 32, 4, 2),
+}
+_BILINEAR_NARROW = {
     "interpreter": _CP_INTERPRETER,
     "sm_80": _contraction(64, 64, 32, 8, 3),
     "sm_90": _contraction(64, 64, 32, 8, 3),
@@ -204,7 +211,8 @@ _BILINEAR = {
 
 def bilinear_config(device: torch.device, dtype: torch.dtype, wide: bool) -> Config:
     """For a sum of scaled products; `wide` is whether the sizes allow wide loads."""
-    return (_BILINEAR if wide and dtype != torch.float32 else _BILINEAR_SMALL)[architecture(device)]
+    half = _BILINEAR if wide else _BILINEAR_NARROW
+    return (_BILINEAR_FLOAT32 if dtype == torch.float32 else half)[architecture(device)]
 
 
 def _core_gradient(block_t: int, block_k: int, block_r: int, num_warps: int, num_stages: int) -> Config:

@@ -8,19 +8,32 @@ import torch
 
 from mumoe_fast import rank
 from mumoe_fast.layers.mumoe import EXPERTS
+from mumoe_fast.ops.dispatch import obstacle
 from mumoe_fast.testing.problems_layer import FACTORIZATIONS, LayerCase, layer_cases, layer_expected, run_layer
 
 CASES = list(layer_cases())
+NATIVE = [case for case in CASES if case.factorization in ("cp", "tr", "tt") and case.dtype != torch.float16]
 
 
-@pytest.mark.parametrize("impl", ["triton"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_layer(case: LayerCase, impl: str, device: torch.device) -> None:
+def accepts(case: LayerCase, impl: str, device: torch.device) -> None:
     layer = case.build(impl, device)
     z = torch.randn(case.tokens, case.in_features).to(device, case.dtype)
     dy = torch.randn(case.tokens, case.out_features).to(device, case.dtype)
     expected = layer_expected(case, layer, z, dy)
     expected.accept(run_layer(layer, z, dy))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton(case: LayerCase, device: torch.device) -> None:
+    accepts(case, "triton", device)
+
+
+@pytest.mark.parametrize("case", NATIVE, ids=str)
+def test_native(case: LayerCase) -> None:
+    hindrance = obstacle("native", torch.device("cpu"), case.dtype)
+    if hindrance is not None:
+        pytest.skip(hindrance)
+    accepts(case, "native", torch.device("cpu"))
 
 
 def test_the_suite_covers_every_factorisation_and_every_option() -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mumoe_fast.kernels import batch_norm, cp, entmax, gate, mxd, tensor_ring
+from mumoe_fast.kernels import batch_norm, cp, entmax, full, gate, mxd, tensor_ring, tucker
 
 Shape = str | Sequence[str]
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
@@ -34,8 +35,13 @@ class Workload:
     factorization: str = "cp"
 
     def sizes(self, level: int = 0) -> dict[str, int]:
-        """The letters' values at a hierarchy level; P and M are the ring's first ranks (the paper's), K is MxD's."""
-        return {"P": 4, "M": 4, "K": 32, "T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
+        """The letters' values at a hierarchy level; P and M are the ring's first ranks (the paper's), K is MxD's.
+
+        Q is Tucker's rank of the level's mode; of all levels together, C has Tucker's ranks and J the experts.
+        """
+        ranks = [min(n, 16) for n in self.N]
+        own = {"T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level], "J": prod(self.N)}
+        return {**own, "P": 4, "M": 4, "K": 32, "Q": ranks[level], "C": prod(ranks)}
 
 
 def _gpt2(rank: int, factorization: str = "cp") -> tuple[Workload, Workload]:
@@ -58,6 +64,11 @@ WORKLOADS = (
     *_gpt2(144, "tr"),  # matched parameters
     *_gpt2(149, "tr"),  # the paper's
     Workload("final layer, ring, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tr"),
+    *(replace(workload, name=f"{workload.name}, Tucker", factorization="tucker") for workload in _gpt2(552)),
+    Workload("Tucker, odd R", T=4096, I=768, O=1000, R=555, N=(64,), factorization="tucker"),
+    Workload("Tucker, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tucker"),
+    Workload("dense MoE up", T=4096, I=768, O=3072, R=0, N=(8, 4), factorization="full"),
+    Workload("dense MoE down", T=4096, I=3072, O=768, R=0, N=(8, 4), activation="gelu", factorization="full"),
     Workload("MxD, GPT-2", T=8192, I=768, O=768, R=0, N=(21_500,), factorization="mxd"),
     Workload("longest row, N 65,536", T=4096, I=768, O=0, R=0, N=(65_536,)),
 )
@@ -67,6 +78,8 @@ SMALL_WORKLOADS = (
     Workload("small", T=192, I=256, O=272, R=264, N=(256,)),
     Workload("small, four levels", T=160, I=128, O=144, R=136, N=(128, 4, 4, 4), activation="gelu"),
     Workload("small ring", T=160, I=128, O=144, R=72, N=(128,), activation="gelu", factorization="tr"),
+    Workload("small Tucker", T=160, I=64, O=72, R=136, N=(4, 2), activation="gelu", factorization="tucker"),
+    Workload("small dense MoE", T=160, I=136, O=144, R=0, N=(3,), factorization="full"),
     Workload("small MxD", T=48, I=64, O=96, R=0, N=(300,), activation="gelu", factorization="mxd"),
     Workload("small, N 2,048", T=16, I=64, O=64, R=64, N=(2048,)),
     Workload("small, N 20,480", T=4, I=64, O=0, R=0, N=(20_480,)),  # more than registers hold
@@ -105,6 +118,14 @@ def _is_ring(workload: Workload) -> bool:
     return workload.factorization == "tr"
 
 
+def _is_tucker(workload: Workload) -> bool:
+    return workload.factorization == "tucker"
+
+
+def _is_full(workload: Workload) -> bool:
+    return workload.factorization == "full"
+
+
 def _is_mxd(workload: Workload) -> bool:
     return workload.factorization == "mxd"
 
@@ -140,6 +161,19 @@ _TR_CORES: dict[str, Shape | None] = {
     "in_bias": "M R",
     "out_core": "O P R",
 }
+
+
+_TUCKER: dict[str, Shape | None] = {
+    "z": "T I",
+    "coefficients": ["T N"],
+    "expert_factors": ["N Q"],
+    "in_factor": "R I",
+    "in_bias": "R",
+    "core": "C R R",
+    "out_factor": "O R",
+}
+
+_FULL: dict[str, Shape | None] = {"z": "T I", "a": "T J", "weight": "J O I", "bias": "J O"}
 
 
 _MXD: dict[str, Shape | None] = {
@@ -213,6 +247,21 @@ OPERATORS: tuple[Operator, ...] = (
         {"dy": "T O", **_TR_CORES, "A": "T P M", "B": "T M R"},
         {"activation": _activation, "needs": (True,) * 6},
         fits=_is_ring,
+    ),
+    Operator(tucker.tucker_forward, _TUCKER, {"activation": _activation, "save": True}, fits=_is_tucker),
+    Operator(
+        tucker.tucker_backward,
+        {"dy": "T O", **_TUCKER, "B": "T R", "c": "T R"},
+        {"activation": _activation, "needs": (True,) * 7},
+        fits=_is_tucker,
+    ),
+    # One launch for all levels, whose joint coefficients are one tensor: J is in the shapes, N is not.
+    Operator(full.full_forward, _FULL, {"activation": _activation}, fits=_is_full),
+    Operator(
+        full.full_backward,
+        {"dy": "T O", **_FULL},
+        {"activation": _activation, "needs": (True,) * 4},
+        fits=_is_full,
     ),
 )
 

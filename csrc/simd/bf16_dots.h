@@ -10,7 +10,7 @@ namespace mumoe {
 struct Bf16Dots {
   static constexpr int64_t kRows = 12, kColumns = 32;  // of a tile: its 24 accumulators stay in registers
 
-  // Words (pairs of bfloat16) that a panel of kColumns rows of W (·, I) takes, and that a tile of kRows rows of z takes.
+  // Words (pairs of bfloat16) of a panel of kColumns rows of W (·, I), and of a tile of kRows rows of z.
   static int64_t panel_words(int64_t I) {
     return (I + 1) / 2 * kColumns;
   }

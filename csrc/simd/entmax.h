@@ -1,10 +1,10 @@
 // α-entmax of a row and its gradient, without a sort.
 //
-// With x ≤ 0 shifted by its maximum and c = (α−1)x, only entries with c > −1 can be in the support: those candidates are
-// compacted once, and every step of the solver runs on them alone. f(τ) = Σ (c − τ)₊^{1/(α−1)} − 1 falls in τ and changes
-// sign in [−1, −N^{1−α}]. α = 1.5: the root of the quadratic that f is on the current support, inside that bracket;
-// α = 2: the root of the linear function that it is (Michelot); other α: Halley in v = (τ + 1)/(α − 1), which keeps the
-// digits that τ loses near α = 1; α = 1: softmax.
+// With x ≤ 0 shifted by its maximum and c = (α−1)x, only entries with c > −1 can be in the support: those candidates
+// are compacted once, and every step of the solver runs on them alone. f(τ) = Σ (c − τ)₊^{1/(α−1)} − 1 falls in τ and
+// changes sign in [−1, −N^{1−α}]. α = 1.5: the root of the quadratic that f is on the current support, inside that
+// bracket; α = 2: the root of the linear function that it is (Michelot); other α: Halley in v = (τ + 1)/(α − 1), which
+// keeps the digits that τ loses near α = 1; α = 1: softmax.
 #pragma once
 
 // Where a row peaks, or NaN where the row has a NaN or an infinity in it.
@@ -31,7 +31,7 @@ MUMOE_INLINE float top_of(const In* x, int64_t N) {
   return maximum(highest) + sum((poison[0] + poison[1]) + (poison[2] + poison[3]));
 }
 
-// Candidates c = (x − top)·factor > −1, padded to whole vectors with −2, which no support can hold; their padded number.
+// Candidates c = (x − top)·factor > floor, padded to whole vectors with what no support can hold; their padded number.
 template <class In>
 MUMOE_INLINE int64_t compact(const In* x, int64_t N, float top, float factor, float floor, float* candidates) {
   int64_t count = 0;
@@ -214,7 +214,7 @@ MUMOE_INLINE int64_t gather_support(
   return count;
 }
 
-// ds = σ⁻¹(dx̂ − x̂·c) in a row where x̂ = (s − mean)σ⁻¹; without logits (s null) ds = dx̂. scratch holds 3(N + 16) floats.
+// ds = σ⁻¹(dx̂ − x̂·c) in a row where x̂ = (s − mean)σ⁻¹; without logits (s null) ds = dx̂. 3(N + 16) floats of scratch.
 template <class S, class Out>
 MUMOE_INLINE void backward_row(const S* da, const S* a, const float* s, int64_t N, float alpha, float mean, float rstd,
                                Out* ds, float* scratch) {

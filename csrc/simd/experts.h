@@ -2,9 +2,7 @@
 // activations, the products over the expert mode, and dot products for few tokens.
 #pragma once
 
-constexpr int kStrip = 8;  // vectors of a strip of columns that stays in registers
-
-// Call body.operator()<VECTORS>(r, lanes) for strips of 8, 4, 2 and 1 vectors that cover 0 … R.
+// Call body.operator()<VECTORS>(r, lanes) for strips of 8, 4, 2 and 1 vectors, which stay in registers, that cover 0 … R.
 template <class Body>
 MUMOE_INLINE void strips(int64_t R, Body body) {
   int64_t r = 0;
@@ -268,7 +266,9 @@ void widen_row(const S* x, int64_t n, float* out) {
 
 template <class S>
 void add(const S* x, int64_t n, float weight, float* total) {
-  sweep(n, [&](int64_t i, auto lanes) { store(total + i, load(total + i, lanes) + weight * load(x + i, lanes), lanes); });
+  sweep(n, [&](int64_t i, auto lanes) {
+    store(total + i, load(total + i, lanes) + weight * load(x + i, lanes), lanes);
+  });
 }
 
 template <class S>

@@ -55,7 +55,7 @@ struct RowsOf {
   // From one row each of dh, A, B: dA = dh ⊙ B, dB = dh ⊙ A, h = A ⊙ B. dB may be dh.
   void (*product_backward)(const S* dh, const S* A, const S* B, int64_t R, S* dA, S* dB, S* h);
 
-  // One token's matrices: B += bias (unless null) in place, and h (P×Q) = A (P×K) · B (K×Q); A_out (A in S) may be null.
+  // One token's matrices: B += bias (unless null) in place, h (P×Q) = A (P×K) · B (K×Q); A_out (A in S) may be null.
   void (*matrix_product)(const float* A, S* B, const S* bias, int64_t P, int64_t K, int64_t Q, S* A_out, S* h);
   // From dh (P×Q): dA = dh·Bᵀ in float32, dB = Aᵀ·dh, h = A·B.
   void (*matrix_product_backward)(

@@ -1,5 +1,5 @@
-// The table of row functions of one instruction set. A source file defines MUMOE_ISA (a namespace) and MUMOE_WIDTH, sets
-// the compiler's target and includes this.
+// The table of row functions of one instruction set. A source file defines MUMOE_ISA (a namespace) and MUMOE_WIDTH,
+// sets the compiler's target and includes this.
 
 namespace mumoe {
 namespace MUMOE_ISA {

@@ -284,8 +284,8 @@ MUMOE_INLINE Floats log1p(Floats y) {
   return log(u) + lost / u;
 }
 
-// The normal distribution's Φ(x) = erfc(−x/√2)/2, erfc(u) = 2^(−u·P(u)) with P fitted on [0, 6.5], beyond which it is zero
-// in float32's terms. For float: to 3e-8 absolute, and 3e-4 relative in the lower tail.
+// The normal distribution's Φ(x) = erfc(−x/√2)/2, erfc(u) = 2^(−u·P(u)) with P fitted on [0, 6.5], beyond which it is
+// zero in float32's terms. For float: to 3e-8 absolute, and 3e-4 relative in the lower tail.
 MUMOE_INLINE Floats normal_cdf(Floats x, float) {
   Floats u = absolute(x) * 0.70710678f;
   Ints far = u > 6.5f;

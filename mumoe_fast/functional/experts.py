@@ -111,7 +111,7 @@ def cp_experts(
         "in_bias": (in_bias, (R,)),
     }
     _check(z, I, a, experts, activation, shapes)
-    impl = choose(impl, z)
+    impl = choose(impl, z, "cp")
     if impl == "reference":
         return reference.cp_experts(z, a, experts, in_factor, out_factor, in_bias, activation=activation)
     return _call(ops.cp.cp, ops.cp.cp_hierarchy, z, a, experts, (in_factor, in_bias, out_factor), activation, impl)
@@ -165,7 +165,7 @@ def tr_experts(
         "in_bias": (in_bias, (inner, outer)),
     }
     _check(z, I, a, experts, activation, shapes)
-    impl = choose(impl, z)
+    impl = choose(impl, z, "tensor_ring")
     if impl == "reference":
         return reference.tr_experts(z, a, experts, in_core, out_core, in_bias, activation=activation)
     operators = ops.tensor_ring.tr, ops.tensor_ring.tr_hierarchy
@@ -221,7 +221,7 @@ def tucker_experts(
         "in_bias": (in_bias, (R_I,)),
     }
     _check(z, I, a, experts, activation, shapes)
-    impl = choose(impl, z)
+    impl = choose(impl, z, "tucker")
     if impl == "reference":
         return reference.tucker_experts(z, a, experts, in_factor, core, out_factor, in_bias, activation=activation)
     operators = ops.tucker.tucker, ops.tucker.tucker_hierarchy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,14 +12,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("mumoe", "DEF")
 
-# Which module holds an implementation's launchers, per operator family. Imported at the first call, because Triton is
-# neither needed nor wanted by those who never launch a kernel.
-_IMPLEMENTATIONS = {"triton": "mumoe_fast.kernels"}
 
-
-def launchers(impl: str, family: str) -> ModuleType:
-    """The module with the launchers of `family` (entmax, gate, cp, …) in implementation `impl`."""
-    return importlib.import_module(f"{_IMPLEMENTATIONS[impl]}.{family}")
+def launchers(impl: str, family: str) -> Any:
+    """What holds the launchers of `family` (entmax, gate, cp, …) in implementation `impl`, under the same names."""
+    if impl == "native":
+        return torch.ops.mumoe_native
+    # At the first call: Triton is neither needed nor wanted by those who never launch a kernel.
+    return importlib.import_module(f"mumoe_fast.kernels.{family}")
 
 
 def define(

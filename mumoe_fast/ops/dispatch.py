@@ -11,22 +11,37 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Impl = Literal["auto", "triton", "reference"]
+from mumoe_fast.ops import _native_library
+
+Impl = Literal["auto", "triton", "native", "reference"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)
 
-# Read once: both are fixed for a process, and the compiler may trace through `choose`.
+# Read once: all are fixed for a process, and the compiler may trace through `choose`.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_NATIVE_MISSING = _native_library.available()
 
-_HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "native": (torch.float32, torch.bfloat16),
+}
+# Operator families that csrc/ has; the Triton kernels have them all.
+_NATIVE_OPERATORS = frozenset({"entmax", "gate", "batch_norm", "cp", "tensor_ring"})
 
 
-def obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `impl` cannot run on tensors of this device and dtype, and what to do about it; None if it can."""
+def obstacle(impl: str, device: torch.device, dtype: torch.dtype, operator: str = "") -> str | None:
+    """Why `impl` cannot run on tensors of this device and dtype, and what to do about it; None if it can.
+
+    `operator` is a family of operators (entmax, gate, cp, …), or "" for the implementation as such.
+    """
     if impl == "reference":
         return None
-    if dtype not in _HALF_OR_SINGLE:
+    if dtype not in _DTYPES[impl]:
         return f'it computes in float32 and takes no {dtype}: convert the tensors or use impl="reference"'
+    return _native_obstacle(device, operator) if impl == "native" else _triton_obstacle(device)
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
     if not _TRITON_INSTALLED:
         return "the package triton is not installed: pip install 'triton>=3.6' (Linux)"
     if device.type == "cuda" or (device.type == "cpu" and _TRITON_INTERPRETS):
@@ -35,6 +50,16 @@ def obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
         f"the tensors are on {device.type} and Triton compiles for GPUs: move them to one, set TRITON_INTERPRET=1 "
         f'before Python starts to run the kernels in its (slow) interpreter, or use impl="auto"'
     )
+
+
+def _native_obstacle(device: torch.device, operator: str) -> str | None:
+    if _NATIVE_MISSING is not None:
+        return _NATIVE_MISSING
+    if device.type != "cpu":
+        return f'it is for CPU tensors and these are on {device.type}: use impl="auto"'
+    if operator and operator not in _NATIVE_OPERATORS:
+        return f'it has no {operator}: use impl="auto"'
+    return None
 
 
 def triton_version() -> str | None:
@@ -50,20 +75,23 @@ class Choice:
     reason: str
 
 
-def best(device: torch.device, dtype: torch.dtype) -> Choice:
-    """What `impl="auto"` picks on this device for this dtype."""
-    if dtype not in _HALF_OR_SINGLE:
-        return Choice("reference", f"{dtype} goes to the reference: the kernels accumulate in float32")
+def best(device: torch.device, dtype: torch.dtype, operator: str = "") -> Choice:
+    """What `impl="auto"` picks on this device for this dtype and family of operators."""
+    if dtype not in _DTYPES["triton"]:
+        return Choice("reference", f"{dtype} goes to the reference: the kernels compute in float32")
     if device.type == "cuda":
-        hindrance = obstacle("triton", device, dtype)
+        hindrance = obstacle("triton", device, dtype, operator)
         if hindrance is None:
             return Choice("triton", "the tensors are on a GPU and Triton is installed")
         return Choice("reference", f"no Triton kernels: {hindrance}")
-    return Choice("reference", f"no faster implementation for {device.type} tensors is built")
+    hindrance = obstacle("native", device, dtype, operator)
+    if hindrance is None:
+        return Choice("native", "the tensors are on the CPU and the native kernels are built")
+    return Choice("reference", f"no native kernels: {hindrance}")
 
 
-def choose(impl: str, z: Tensor) -> str:
-    """The implementation that runs on z, for a validated or unvalidated `impl` argument.
+def choose(impl: str, z: Tensor, operator: str) -> str:
+    """The implementation of a family of operators that runs on z, for an `impl` argument.
 
     Raises:
         ValueError: `impl` is unknown.
@@ -72,8 +100,8 @@ def choose(impl: str, z: Tensor) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto":
-        return best(z.device, z.dtype).impl
-    hindrance = obstacle(impl, z.device, z.dtype)
+        return best(z.device, z.dtype, operator).impl
+    hindrance = obstacle(impl, z.device, z.dtype, operator)
     if hindrance is not None:
         raise RuntimeError(f'impl="{impl}" cannot run here: {hindrance}')
     return impl
