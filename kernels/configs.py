@@ -188,9 +188,9 @@ def tr_backward_config(device: torch.device, dtype: torch.dtype, rows: int, wide
 
 _BILINEAR_FLOAT32 = {
     "interpreter": _CP_INTERPRETER,
-    "sm_80": _contraction(64, 32, 16, 8, 3),
+    "sm_80": _contraction(32, 32, 16, 4, 3),
     "sm_90": _contraction(64, 32, 16, 8, 3),
-    "sm_100": _contraction(64, 32, 16, 8, 3),
+    "sm_100": _contraction(32, 32, 32, 8, 3),
     "gfx942": _contraction(64, 32, 32, 4, 2),
 }
 _BILINEAR_NARROW = {
@@ -277,7 +277,11 @@ _GPU_GATE_FLOAT32 = (
     _gate(32, 128, 32, 4, 3),
     _gate(16, 256, 32, 8, 3),
 )
-_GATE_FLOAT32 = {"interpreter": _SMALL_GATE, **dict.fromkeys(_GPUS, _GPU_GATE_FLOAT32)}
+_GATE_FLOAT32 = {
+    "interpreter": _SMALL_GATE,
+    **dict.fromkeys(_GPUS, _GPU_GATE_FLOAT32),
+    "gfx942": (*_GPU_GATE_FLOAT32[:-1], _gate(16, 256, 32, 8, 2)),  # 64 KiB of shared memory
+}
 
 
 def _holding(configs: tuple[Config, ...], N: int) -> Config | None:

@@ -37,10 +37,10 @@ class Workload:
     def sizes(self, level: int = 0) -> dict[str, int]:
         """The letters' values at a hierarchy level; P and M are the ring's first ranks (the paper's), K is MxD's.
 
-        Q is Tucker's rank of the level's mode; of all levels together, C has Tucker's ranks and J the experts.
+        Q is Tucker's rank of the level's mode, and C that of all of them together.
         """
         ranks = [min(n, 16) for n in self.N]
-        own = {"T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level], "J": prod(self.N)}
+        own = {"T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
         return {**own, "P": 4, "M": 4, "K": 32, "Q": ranks[level], "C": prod(ranks)}
 
 
@@ -67,8 +67,8 @@ WORKLOADS = (
     *(replace(workload, name=f"{workload.name}, Tucker", factorization="tucker") for workload in _gpt2(552)),
     Workload("Tucker, odd R", T=4096, I=768, O=1000, R=555, N=(64,), factorization="tucker"),
     Workload("Tucker, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tucker"),
-    Workload("dense MoE up", T=4096, I=768, O=3072, R=0, N=(8, 4), factorization="full"),
-    Workload("dense MoE down", T=4096, I=3072, O=768, R=0, N=(8, 4), activation="gelu", factorization="full"),
+    Workload("dense MoE up", T=4096, I=768, O=3072, R=0, N=(32,), factorization="full"),
+    Workload("dense MoE down", T=4096, I=3072, O=768, R=0, N=(32,), activation="gelu", factorization="full"),
     Workload("MxD, GPT-2", T=8192, I=768, O=768, R=0, N=(21_500,), factorization="mxd"),
     Workload("longest row, N 65,536", T=4096, I=768, O=0, R=0, N=(65_536,)),
 )
@@ -173,7 +173,7 @@ _TUCKER: dict[str, Shape | None] = {
     "out_factor": "O R",
 }
 
-_FULL: dict[str, Shape | None] = {"z": "T I", "a": "T J", "weight": "J O I", "bias": "J O"}
+_FULL: dict[str, Shape | None] = {"z": "T I", "a": "T N", "weight": "N O I", "bias": "N O"}
 
 
 _MXD: dict[str, Shape | None] = {
@@ -255,7 +255,6 @@ OPERATORS: tuple[Operator, ...] = (
         {"activation": _activation, "needs": (True,) * 7},
         fits=_is_tucker,
     ),
-    # One launch for all levels, whose joint coefficients are one tensor: J is in the shapes, N is not.
     Operator(full.full_forward, _FULL, {"activation": _activation}, fits=_is_full),
     Operator(
         full.full_backward,

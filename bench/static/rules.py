@@ -32,7 +32,19 @@ _BATCH_STATISTICS = (
     "as many bytes as the row, but the same for all programs, and stay in L1 and L2"
 )
 
+_GATHERED = (
+    "a row of the table is read by every token that chose its expert, and on few experts all tokens choose the same: "
+    "from L2, and no program reads a byte twice but for its list of experts"
+)
+
+_RING_ROWS = (
+    "a program contracts its tile of tokens with every row of the ring's small matrix in turn and reads the tile "
+    "again, from L1 and L2, for each: registers do not hold the rows' accumulators side by side"
+)
+
 EXEMPTIONS = (
+    *(Exemption("bytes", f"_{kernel}_kernel", _GATHERED) for kernel in ("gather_sum", "gather_dot", "segment_sum")),
+    *(Exemption("bytes", f"_tr_{way}_kernel", _RING_ROWS) for way in ("forward", "backward")),
     Exemption(
         "bytes",
         "_rows_multi_pass_kernel",
@@ -48,6 +60,19 @@ EXEMPTIONS = (
         "_cp_backward_kernel",
         "each dA_e contracts the other levels again, since A / A_e would divide by coefficients that are zero",
         cases=("cp_backward: small, four levels",),
+    ),
+    Exemption(
+        "bytes",
+        "_bilinear_kernel",
+        "every m multiplies the same rows of x with another matrix, as a GEMM over M·K would read them M times: K "
+        "columns do not stay in registers",
+    ),
+    Exemption(
+        "16-byte loads",
+        "_bilinear_kernel",
+        "a column of every level's v is loaded once for each m, the tiles of x and C, loaded wide, K/16 times",
+        dtypes=("float32",),
+        cases=("tucker_forward: Tucker, four levels", "tucker_backward: Tucker, four levels"),
     ),
     Exemption("bytes", "_rows_kernel", _BATCH_STATISTICS, cases=("batch_entmax_forward: small, N 2,048",)),
     Exemption("bytes", "_rows_backward_kernel", _BATCH_STATISTICS, cases=("batch_entmax_backward: small, N 2,048",)),

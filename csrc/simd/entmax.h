@@ -130,8 +130,8 @@ MUMOE_INLINE void softmax(const In* x, int64_t N, float top, float scale, Out* a
     totals += lanes_or(e, 0.0f, lanes);
     store(scratch + n, e, lanes);
   });
-  float inverse = 1.0f / sum(totals);
-  sweep(N, [&](int64_t n, auto lanes) { store(a + n, load(scratch + n, lanes) * inverse, lanes); });
+  float total = sum(totals);
+  sweep(N, [&](int64_t n, auto lanes) { store(a + n, load(scratch + n, lanes) / total, lanes); });
 }
 
 template <class In, class Out>

@@ -220,12 +220,13 @@ MUMOE_INLINE Floats clamped(Floats x, float low, float high) {
   return x > high ? broadcast(high) : x;
 }
 
+constexpr float kToInteger = 12582912.0f;  // 1.5·2²³: adding it rounds to an integer in the low bits
+
 // 2^x to 1–2 units in the last place; what lies outside [2^−126, 2^128) is moved to its ends, NaN stays NaN.
 MUMOE_INLINE Floats exp2(Floats x) {
   x = clamped(x, -126.0f, 127.998f);
-  const float to_integer = 12582912.0f;  // 1.5·2²³: adding it rounds to an integer in the low bits
-  Floats shifted = x + to_integer;
-  Floats r = x - (shifted - to_integer);
+  Floats shifted = x + kToInteger;
+  Floats r = x - (shifted - kToInteger);
   Floats p = broadcast(1.5370705e-4f);
   p = p * r + 1.3399848e-3f;
   p = p * r + 9.6183736e-3f;
@@ -238,9 +239,8 @@ MUMOE_INLINE Floats exp2(Floats x) {
 
 // 2^x for x in [−126, 127] to 3e-6: enough for what is rounded to bfloat16.
 MUMOE_INLINE Floats rough_exp2(Floats x) {
-  const float to_integer = 12582912.0f;
-  Floats shifted = x + to_integer;
-  Floats r = x - (shifted - to_integer);
+  Floats shifted = x + kToInteger;
+  Floats r = x - (shifted - kToInteger);
   Floats p = broadcast(0.0095701003f);
   p = p * r + 0.05591786f;
   p = p * r + 0.24024744f;
@@ -252,11 +252,18 @@ MUMOE_INLINE Floats rough_exp2(Floats x) {
 MUMOE_INLINE Floats exp(Floats x) {
   Ints too_large = x > 88.72f;
   x = clamped(x, -87.3f, 88.72f);
-  // log₂e in two parts, so that the product loses nothing of x's digits
-  Floats high = x * 1.44269502f;
-  Floats low = x * 1.92596299e-8f + (x * 1.44269502f - high);
-  Floats y = exp2(high);
-  return too_large ? broadcast(std::numeric_limits<float>::infinity()) : y + y * (low * 0.69314718f);
+  Floats shifted = x * 1.44269504f + kToInteger;
+  Floats n = shifted - kToInteger;
+  Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n times the first is exact
+  Floats p = broadcast(1.9875691e-4f);
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665796e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 0.5f;
+  p = 1.0f + (r + r * r * p);
+  Floats y = (Floats)((Words)p + ((Words)shifted << 23));
+  return too_large ? broadcast(std::numeric_limits<float>::infinity()) : y;
 }
 
 // log(x) for normal x > 0, to about 1e-7 relative to max(1, |log x|).

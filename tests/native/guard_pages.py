@@ -2,7 +2,8 @@
 
     python -m tests.native.guard_pages [path of the library]
 
-The process dies of a segmentation fault, or of the sanitizer's report where the library was built with one.
+The process dies of a segmentation fault, or of the sanitizer's report where the library was built with one. A library
+that is named is loaded in place of the package's own, and so the package is not imported.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from mumoe_fast.ops._native_library import available
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -93,6 +92,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         torch.ops.load_library(sys.argv[1])
     else:
+        from mumoe_fast.ops._native_library import available
+
         assert available() is None, available()
     torch.manual_seed(0)
     dtypes, shares = (torch.float32, torch.bfloat16), (0.05, 1.0)

@@ -209,7 +209,7 @@ def test_two_runs_give_the_same_bits_with_every_instruction_set(instructions: st
     subprocess.run([sys.executable, "-c", DETERMINISM], env=environment, check=True, timeout=300)
 
 
-SUITE = ["-q", "-x", "-p", "no:cacheprovider", "tests/native", "-k", "not instruction_set"]
+SUITE = ["-q", "-x", "-p", "no:cacheprovider", "tests/native", "-k", "not instruction_set", "-m", "not slow"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,191 @@
+"""The CPU table: its arithmetic, what it refuses to time, and one tiny workload through all of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from mumoe_fast.bench.cpu import cpu, matching
+from mumoe_fast.bench.cpu import workloads as table
+from mumoe_fast.bench.cpu.measure import Measurement, Outcome, check, compare, measure, native_gemm
+from mumoe_fast.bench.cpu.report import json_lines, show, table_rows
+from mumoe_fast.bench.cpu.workloads import FORWARD, MEMORY, OURS, STEP, WORKLOADS, Workload, faster, within
+from mumoe_fast.layers import MuMoE
+
+
+def tiny_layer() -> nn.Module:
+    return table.trained(MuMoE(12, 10, 8, rank=4, impl="reference"))
+
+
+def tiny_dense() -> nn.Module:
+    return nn.Linear(12, 10)
+
+
+def absent() -> nn.Module:
+    raise ImportError("no such package")
+
+
+class Off(nn.Module):
+    """A layer whose output, or only whose gradient, is wrong."""
+
+    def __init__(self, *, forward: float, backward: float) -> None:
+        super().__init__()
+        self.layer, self.wrong = tiny_layer(), (forward, backward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        forward, backward = self.wrong
+        y: Tensor = self.layer(x)
+        return y * backward + y.detach() * (forward - backward)
+
+    def named_parameters(self, *args: object, **kwargs: object):  # type: ignore[no-untyped-def, override]
+        return self.layer.named_parameters()
+
+
+TINY = Workload(
+    "tiny",
+    torch.float32,
+    (6, 12),
+    tiny_layer,
+    tiny_layer,
+    {"dense": tiny_dense, "absent": absent},
+    {FORWARD: (faster("dense", 2), faster("absent", 2)), STEP: (within("dense", 1e9),), MEMORY: (within("dense", 9),)},
+)
+
+
+def test_faster_and_within_read_the_same_times_the_other_way_round() -> None:
+    ours, theirs = Measurement(OURS, (1.0, 2.0, 4.0)), Measurement("peer", (6.0, 6.0, 6.0))
+    quick, share = compare(faster("peer", 3), ours, theirs), compare(within("peer", 0.3), ours, theirs)
+    assert quick.ratio == 3.0  # of the medians
+    assert (quick.low, quick.high) == (2.25, 4.5)  # quartiles of 1.5, 3 and 6
+    assert quick.met
+    assert share.ratio == pytest.approx(1 / 3)
+    assert not share.met
+    assert not compare(faster("peer", 3.01), ours, theirs).met
+    assert compare(within("peer", 1 / 3), ours, theirs).met
+
+
+def test_a_goal_of_one_gemm_is_not_asked_on_another() -> None:
+    goals = (within("dense", 0.6, gemm="onednn"), within("dense", 1.04, gemm="aten"), within("dense", 2))
+    workload = replace(TINY, goals={FORWARD: goals})
+    assert [goal.limit for goal in workload.asked(FORWARD, "onednn")] == [0.6, 2]
+    assert [goal.limit for goal in workload.asked(FORWARD, "aten")] == [1.04, 2]
+    assert [goal.limit for goal in workload.asked(FORWARD, None)] == [2]
+
+
+def test_every_goal_names_a_peer() -> None:
+    for workload in WORKLOADS:
+        for direction, goals in workload.goals.items():
+            assert direction in (FORWARD, STEP, MEMORY)
+            assert {goal.peer for goal in goals} <= workload.peers.keys(), workload.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_right_side_passes(dtype: torch.dtype) -> None:
+    verdicts, problem = check(replace(TINY, dtype=dtype))
+    assert problem is None
+    assert {"y", "y in training", "dx", "dgate.weights.0", "dexperts.out_factor"} <= {v.name for v in verdicts}
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "blamed"), [(1.01, 1.0, "wrong: y"), (1.0, 1.01, "wrong: d"), (float("nan"), 1.0, "NOT")]
+)
+def test_a_wrong_side_is_not_timed(forward: float, backward: float, blamed: str) -> None:
+    workload = replace(TINY, ours=partial(Off, forward=forward, backward=backward))
+    outcomes = list(measure(workload, repeats=1, seconds=1))
+    assert [outcome.direction for outcome in outcomes] == [FORWARD, STEP, MEMORY]
+    for outcome in outcomes:
+        assert outcome.refused is not None
+        assert blamed in outcome.refused
+        assert not outcome.measurements
+        assert not outcome.comparisons
+    (row,) = table_rows(outcomes[0])
+    assert row[:3] == ("tiny, float32", FORWARD, "refused")
+    (record,) = [json.loads(line) for line in json_lines(outcomes[:1], {}).splitlines()]
+    assert blamed in record["refused"]
+    assert "p50" not in record
+
+
+def test_a_side_that_is_only_wrong_in_backward_is_found_only_where_backward_is_asked() -> None:
+    workload = replace(TINY, ours=partial(Off, forward=1.0, backward=1.01), goals={FORWARD: TINY.goals[FORWARD]})
+    assert check(workload)[1] is None
+
+
+def test_a_tiny_workload_from_end_to_end() -> None:
+    begun: list[str] = []
+    outcomes = list(measure(TINY, repeats=3, seconds=5, on_start=begun.append))
+    assert begun == ["check", FORWARD, STEP, MEMORY]
+    records = [json.loads(line) for line in json_lines(outcomes, {"date": "today"}).splitlines()]
+    assert [(r["direction"], r["implementation"]) for r in records] == [
+        (FORWARD, OURS),
+        (FORWARD, "dense"),
+        (FORWARD, "absent"),
+        (STEP, OURS),
+        (STEP, "dense"),
+        (MEMORY, OURS),
+        (MEMORY, "dense"),
+    ]
+    ours, dense, missing = records[:3]
+    assert 0 < ours["minimum"] <= ours["p20"] <= ours["p50"] <= ours["p80"]
+    assert ours["bursts"] == dense["bursts"] == 3
+    assert ours["goals"][0]["ratio"] == pytest.approx(dense["p50"] / ours["p50"])
+    assert ours["date"] == "today"
+    assert "no such package" in missing["refused"]
+    # The dense step allocates at least y and the gradients of x, weight and bias; all of them at the end but y.
+    assert records[-1]["peak_bytes"] >= 4 * (6 * 12 + 12 * 10 + 10)
+    console = Console(width=200, record=True)
+    show(outcomes, console)
+    text = console.export_text()
+    assert "≤ 1e+09×" in text
+    assert "absent cannot run: no such package" in text
+
+
+def test_the_pattern_chooses_directions() -> None:
+    chosen = matching("^TINY.*float32, forward$", [TINY, replace(TINY, name="other")])
+    assert [(workload.name, list(workload.goals)) for workload in chosen] == [("tiny", [FORWARD])]
+
+
+def test_the_command_writes_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(table, "WORKLOADS", [TINY])
+    app = typer.Typer()
+    app.command()(cpu)
+    path = tmp_path / "cpu.jsonl"
+    result = CliRunner().invoke(app, ["--only", "backward", "--repeats", "1", "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["implementation"] for record in records] == [OURS, "dense"]
+    assert all(record["date"] and record["CPU"] and record["software"] for record in records)
+    assert CliRunner().invoke(app, ["--only", "nothing"]).exit_code == 2
+    assert CliRunner().invoke(app, ["--only", "("]).exit_code == 2
+    monkeypatch.setattr(table, "WORKLOADS", [replace(TINY, ours=absent)])
+    assert CliRunner().invoke(app, ["--only", "backward"]).exit_code == 1
+
+
+def test_the_gemm_is_put_back() -> None:
+    native = torch.ops.mumoe_native
+    if not hasattr(native, "set_gemm"):
+        pytest.skip("the native kernels are not built")
+    before = native.get_gemm()
+    other = "aten" if before == "onednn" else "onednn"
+    with native_gemm(other):
+        assert native.get_gemm() == other
+    assert native.get_gemm() == before
+
+
+def test_a_missing_peer_leaves_the_others_compared() -> None:
+    sides = {OURS: Measurement(OURS, (1.0,)), "dense": Measurement("dense", (3.0,))}
+    outcome = Outcome(TINY, FORWARD, None, TINY.goals[FORWARD], sides)
+    assert [comparison.ratio for comparison in outcome.comparisons] == [3.0]
+    assert list(table_rows(outcome)) == [
+        ("tiny, float32", FORWARD, "1000.0 ms", "", "", ""),
+        ("  dense", "", "3000.0 ms", "3× [3–3]", "≥ 2×", "yes"),
+        ("  absent", "", "cannot run", "", "≥ 2×", ""),
+    ]
