@@ -1,4 +1,4 @@
-"""The command line `mumoe`: what runs here, the demo, and the static checks."""
+"""The command line `mumoe`: what runs here, the demo, the CPU table and the static checks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mumoe_fast._version import __version__
 from mumoe_fast.bench import demo as demonstration
+from mumoe_fast.bench.cpu import cpu
 from mumoe_fast.bench.static import static
 from mumoe_fast.ops import dispatch
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="Multilinear mixture-of-experts layers at the price of the dense layers they replace.",
 )
 app.command("static")(static)
+app.command("cpu")(cpu)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

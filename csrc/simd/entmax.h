@@ -124,13 +124,14 @@ MUMOE_INLINE GeneralRoot solve_general(const float* candidates, int64_t count, i
 
 template <class In, class Out>
 MUMOE_INLINE void softmax(const In* x, int64_t N, float top, float scale, Out* a, float* scratch) {
-  Floats totals{};
+  Floats totals{}, part{};  // sixteen vectors at a time: one long sum would lose digits on narrow vectors
   sweep(N, [&](int64_t n, auto lanes) {
     Floats e = exp((load(x + n, lanes) - top) * scale);
-    totals += lanes_or(e, 0.0f, lanes);
+    part += lanes_or(e, 0.0f, lanes);
     store(scratch + n, e, lanes);
+    if (n / kWidth % 16 == 15) totals += part, part = Floats{};
   });
-  float total = sum(totals);
+  float total = sum(totals + part);
   sweep(N, [&](int64_t n, auto lanes) { store(a + n, load(scratch + n, lanes) / total, lanes); });
 }
 
