@@ -208,6 +208,8 @@ OPERATORS: tuple[Operator, ...] = (
         for launcher, tensors in ((entmax.entmax_forward, _ENTMAX_FORWARD), (entmax.entmax_backward, _ENTMAX_BACKWARD))
         for alpha in (1.0, 1.3, 2.0)
     ),
+    Operator(entmax.learned_entmax_forward, {**_ENTMAX_FORWARD, "alpha": ""}, fits=_matched_gpt2),
+    Operator(entmax.learned_entmax_backward, {**_ENTMAX_BACKWARD, "alpha": ""}, fits=_matched_gpt2),
     Operator(gate.gate_forward, _GATE, _LAYER_NORM, fits=_starts_a_block),
     Operator(gate.gate_forward, {**_GATE, "weight": "N I float32"}, _LAYER_NORM, "autocast", _matched_gpt2),
     Operator(gate.gate_forward, {**_GATE, "bias": "N"}, _NO_NORM, "folded batch norm", _starts_a_block),

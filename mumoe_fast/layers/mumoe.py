@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_fast import _validation as check
 from mumoe_fast import rank as counts
+from mumoe_fast.functional.few_tokens import cp_layer, fits_one_call
 from mumoe_fast.layers.cp import CPExperts
 from mumoe_fast.layers.experts import Experts
 from mumoe_fast.layers.full import FullExperts
@@ -79,8 +81,35 @@ class MuMoE(nn.Module):
 
     def forward(self, x: Tensor, gate_input: Tensor | None = None) -> Tensor:
         """x (..., I) to (..., O); the gate reads `gate_input` (..., I) where it is given, else x."""
-        y: Tensor = self.experts(x, self.gate(x if gate_input is None else gate_input))
+        gate, experts = self.gate, self.experts
+        if gate_input is None and _in_one_call(experts, gate, x):
+            return cp_layer(
+                x,
+                list(gate.weights),
+                list(experts.expert_factors),
+                experts.in_factor,
+                experts.in_bias,
+                experts.out_factor,
+                norm=gate.norm,
+                alpha=gate.alpha,
+                eps=gate.eps,
+            )
+        y: Tensor = experts(x, gate(x if gate_input is None else gate_input))
         return y
+
+
+def _in_one_call(experts: Experts, gate: ExpertGate, x: Tensor) -> TypeGuard[CPExperts]:
+    """Whether gate and experts may run as one operator: nobody asked to see what passes between them."""
+    return (
+        isinstance(experts, CPExperts)
+        and fits_one_call(x, experts.in_factor, experts.impl)
+        and gate.activation == "entmax"
+        and gate.norm != "batch"
+        and gate.raw_alpha is None
+        and gate.impl == experts.impl
+        and not (gate._forward_hooks or gate._forward_pre_hooks)
+        and not (experts._forward_hooks or experts._forward_pre_hooks)
+    )
 
 
 class MuMoEMLP(nn.Module):

@@ -21,10 +21,9 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _NATIVE_MISSING = _native_library.available()
 
-_DTYPES = {
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "native": (torch.float32, torch.bfloat16),
-}
+NATIVE_READY = _NATIVE_MISSING is None
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {"triton": (torch.float32, torch.bfloat16, torch.float16), "native": NATIVE_DTYPES}
 # Operator families that csrc/ has; the Triton kernels have them all.
 _NATIVE_OPERATORS = frozenset({"entmax", "gate", "batch_norm", "cp", "tensor_ring"})
 
