@@ -204,7 +204,7 @@ _BILINEAR = {
     "interpreter": _CP_INTERPRETER,
     "sm_80": _contraction(128, 64, 64, 8, 3),
     "sm_90": _contraction(128, 64, 64, 8, 3),
-    "sm_100": _contraction(128, 64, 64, 8, 3),
+    "sm_100": _contraction(64, 64, 64, 4, 3),
     "gfx942": _contraction(128, 64, 64, 8, 2),
 }
 

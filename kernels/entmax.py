@@ -68,7 +68,9 @@ def _normalised(source, offs_t, offs_n, mask_t, mask_n, mean, rstd, NORM: tl.con
 
 @triton.jit
 def _rows_kernel(
-    source,
+    s,
+    mean_ptr,
+    rstd_ptr,
     a_ptr,
     T,
     N,
@@ -80,6 +82,7 @@ def _rows_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    source = s, mean_ptr, rstd_ptr
     if LEARNED:
         solver = tl.load(solver), tl.load(solver + 1), tl.load(solver + 2)
     offs_t, offs_n = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
@@ -96,7 +99,9 @@ def _rows_kernel(
 def _rows_backward_kernel(
     da,
     a,
-    source,
+    s,
+    mean_ptr,
+    rstd_ptr,
     ds_ptr,
     T,
     N,
@@ -108,6 +113,7 @@ def _rows_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    source = s, mean_ptr, rstd_ptr
     if LEARNED:
         beta = tl.load(beta)
     offs_t, offs_n = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
@@ -146,7 +152,9 @@ def _shifted(source, offs_t, offs_n, mask_t, mask_n, mean, rstd, top, NORM: tl.c
 
 @triton.jit
 def _rows_multi_pass_kernel(
-    source,
+    s,
+    mean_ptr,
+    rstd_ptr,
     a_ptr,
     T,
     N,
@@ -158,6 +166,7 @@ def _rows_multi_pass_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    source = s, mean_ptr, rstd_ptr
     if LEARNED:
         solver = tl.load(solver), tl.load(solver + 1), tl.load(solver + 2)
     offs_t, columns = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
@@ -211,7 +220,9 @@ def _centred_gradient(da, a, centre, offs_t, offs_n, mask_t, mask_n, beta, FAMIL
 def _rows_backward_multi_pass_kernel(
     da,
     a,
-    source,
+    s,
+    mean_ptr,
+    rstd_ptr,
     ds_ptr,
     T,
     N,
@@ -223,6 +234,7 @@ def _rows_backward_multi_pass_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    source = s, mean_ptr, rstd_ptr
     if LEARNED:
         beta = tl.load(beta)
     offs_t, columns = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
@@ -271,7 +283,9 @@ def rows_forward(
     _launch_rows(
         (_rows_kernel, _rows_multi_pass_kernel),
         s,
-        source=(matrix(s), mean, rstd),
+        s=matrix(s),
+        mean_ptr=mean,
+        rstd_ptr=rstd,
         a_ptr=a,
         eps=eps,
         NORM=norm,
@@ -297,7 +311,9 @@ def rows_backward(
         a,
         da=matrix(da),
         a=matrix(a),
-        source=(None if s is None else matrix(s), None, rstd),
+        s=None if s is None else matrix(s),
+        mean_ptr=None,
+        rstd_ptr=rstd,
         ds_ptr=ds,
         beta=alpha - 1,
         eps=eps,
@@ -342,7 +358,9 @@ def learned_entmax_forward(x: Tensor, alpha: Tensor) -> Tensor:
     _launch_rows(
         (_rows_kernel, _rows_multi_pass_kernel),
         x,
-        source=(matrix(x), None, None),
+        s=matrix(x),
+        mean_ptr=None,
+        rstd_ptr=None,
         a_ptr=a,
         solver=torch.stack([torch.zeros_like(beta), high, beta]).float(),
         eps=0.0,
@@ -362,7 +380,9 @@ def learned_entmax_backward(da: Tensor, a: Tensor, alpha: Tensor) -> tuple[Tenso
         a,
         da=matrix(da),
         a=matrix(a),
-        source=(None, None, None),
+        s=None,
+        mean_ptr=None,
+        rstd_ptr=None,
         ds_ptr=dx,
         beta=beta.float(),
         eps=0.0,
