@@ -257,7 +257,7 @@ _GPU_ROWS = (
 )
 _GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _ROWS = {"interpreter": (_rows(4, 16, 1), _rows(2, 64, 1)), **dict.fromkeys(_GPUS, _GPU_ROWS)}
-_MULTI_PASS = {"interpreter": _rows(2, 32, 1), **dict.fromkeys(_GPUS, _rows(1, 4096, 8))}
+_MULTI_PASS = {"interpreter": _rows(2, 32, 1), **dict.fromkeys(_GPUS, _rows(1, 4096, 16)), "gfx942": _rows(1, 4096, 8)}
 
 _SMALL_GATE = (_gate(16, 16, 16, 1, 1), _gate(16, 32, 16, 1, 1))
 _NARROW_GATE = (_gate(64, 16, 64, 4, 3), _gate(64, 32, 64, 4, 3), _gate(64, 64, 64, 4, 3), _gate(64, 128, 64, 4, 3))
