@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 
 import torch
 
@@ -146,7 +147,7 @@ FAMILIES = (
         ("batch_norm",),
         trials.gate,
         (
-            {"T": 33, "I": 24, "N": 17, "norm": "batch"},
+            {"T": 9, "I": 16, "N": 17, "norm": "batch"},
             {"T": 33, "I": 24, "N": 17, "norm": "batch", "weights": "master"},
             {"T": 9, "I": 16, "N": 70, "norm": "batch", "alpha": 1.25},
             {"T": 70, "I": 17, "N": 15, "norm": "batch", "alpha": 2.0},
@@ -232,14 +233,16 @@ _LAYER_OPERATORS = {"cp": "cp", "tr": "tensor_ring", "tt": "tensor_ring", "tucke
 
 
 def _layers() -> Iterator[Case]:
-    """Whole layers; of every factorisation in every dtype the first is quick. CP's few tokens may be one call."""
-    seen = set()
+    """Whole layers; one of every factorisation is quick, the dtypes taking turns. CP's few tokens may be one call."""
+    quick = dict(zip(_LAYER_OPERATORS, cycle(DTYPES)))
     for layer in layer_cases():
-        kind = layer.factorization, layer.dtype
-        yield _layer(layer, quick=kind not in seen)
-        if kind not in seen and layer.factorization == "cp":
-            yield _layer(replace(layer, tokens=7, norm="layer"), backward=False)
-        seen.add(kind)
+        is_quick = quick.get(layer.factorization) == layer.dtype
+        yield _layer(layer, quick=is_quick)
+        if is_quick:
+            del quick[layer.factorization]
+    for dtype in DTYPES:
+        for levels in ((18,), (6, 3)):
+            yield _layer(LayerCase("cp", levels, dtype, True, "layer", 1.5, tokens=7), backward=False)
 
 
 def _layer(layer: LayerCase, *, backward: bool = True, quick: bool = False) -> Case:
