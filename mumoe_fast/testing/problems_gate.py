@@ -8,7 +8,7 @@ it moves g itself by its slope, so that dx = g ⊙ (da − Σ g·da / Σ g) move
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,11 @@ class Expected:
 
     def only(self, names: Collection[str]) -> Expected:
         """The part of it that has these names."""
-        answers = ({n: x for n, x in answer.items() if n in names} for answer in (self.truth, self.eager, self.magnitude))
-        return Expected(*answers, self.dtype, self.kept)
+
+        def named(answer: Tensors) -> Tensors:
+            return {name: x for name, x in answer.items() if name in names}
+
+        return replace(self, truth=named(self.truth), eager=named(self.eager), magnitude=named(self.magnitude))
 
     def verdicts(self, kernel: Mapping[str, Tensor]) -> list[Verdict]:
         """The acceptance rule applied to everything the kernel returned."""

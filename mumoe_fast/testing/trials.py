@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.func import functional_call
@@ -63,11 +64,16 @@ class Trial:
         named = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
         return {name: x.detach() for name, x in results.items()} | named
 
+    @cached_property
+    def answer(self) -> Expected:
+        """What is expected, computed once for all implementations."""
+        return self.expected()
+
     def judge(self, impl: str, names: Collection[str] | None = None) -> list[Verdict]:
         """The acceptance rule on what an implementation gives: on all of it, or on what is named."""
         chosen = self.names if names is None else names
         results = {name: x for name, x in self.run(impl).items() if name in chosen}
-        return self.expected().only(chosen).verdicts(results)
+        return self.answer.only(chosen).verdicts(results)
 
 
 def _activation(name: str) -> str | None:
@@ -116,10 +122,11 @@ def gate(
     da = torch.randn(T, N).to(device, dtype)
 
     def compute(impl: str, inputs: Tensors) -> Tensors:
+        z, weight, b = inputs["z"], inputs["weight"], inputs.get("bias")
         with torch.autocast(device.type, dtype, enabled=weights == "master"):
             if norm == "batch":
-                return {"a": functional.batch_norm_gate(**inputs, alpha=alpha, impl=impl)[0]}
-            return {"a": functional.gate(**inputs, norm=norm, alpha=alpha, impl=impl)}
+                return {"a": functional.batch_norm_gate(z, weight, alpha=alpha, impl=impl)[0]}
+            return {"a": functional.gate(z, weight, b, norm=norm, alpha=alpha, impl=impl)}
 
     def expected() -> Expected:
         return gate_problem(inputs["z"], inputs["weight"], inputs.get("bias"), da, norm=norm, alpha=alpha)
@@ -227,7 +234,8 @@ def topk(
     problem = topk_problem(T, I, N, k, bias=bias, shift=shift, dtype=dtype, device=device)
 
     def compute(impl: str, inputs: Tensors) -> Tensors:
-        return {"values": functional.topk_gate(**inputs, k=k, impl=impl)[0]}
+        z, weight, b = inputs["z"], inputs["weight"], inputs.get("bias")
+        return {"values": functional.topk_gate(z, weight, b, k=k, impl=impl)[0]}
 
     return Trial(problem.inputs, {"values": problem.dvalues}, compute, lambda: topk_expected(problem)[0])
 
