@@ -92,8 +92,8 @@ def worst_first(rows: Iterable[Row]) -> list[Row]:
 
 
 def facts(devices: Iterable[torch.device]) -> dict[str, str]:
-    """What the numbers were computed with."""
-    machine = dict(fact for device in devices for fact in describe_machine(device))
+    """What the numbers were computed with; the operating system, which they do not depend on, left out."""
+    machine = {name: fact for device in devices for name, fact in describe_machine(device) if name != "system"}
     interpreted = ", interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else ""
     return {
         **machine,

@@ -89,9 +89,9 @@ def show_comparison(comparison: Comparison, console: Console, device: str | None
         console.print(f"gone: {name}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     verdict = "Something got worse" if not comparison.passed else "Nothing got worse"
     new = f", {comparison.new} are new" if comparison.new else ""
+    meaning = f"beyond {FACTOR:g} times the earlier multiple of the allowance, and beyond {FACTOR * FLOOR:g}"
     console.print(
-        f"{verdict}: {comparison.compared} results compared{new}. Worse is beyond {FACTOR:g} times the earlier multiple "
-        f"of the allowance, or {FACTOR * FLOOR:g} where that was small.",
+        f"{verdict}: {comparison.compared} results compared{new}. Worse is {meaning}.",
         style="bold green" if comparison.passed else "bold red",
         highlight=False,
     )
