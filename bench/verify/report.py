@@ -12,7 +12,8 @@ from rich.table import Table
 from mumoe_fast.bench.verify.compare import FACTOR, FLOOR, Comparison
 from mumoe_fast.bench.verify.records import Row, worst_first
 
-WORST = 10  # rows shown of those that passed
+MOST_FAILED, MOST_PASSED = 30, 10  # rows shown
+MOST_COMMANDS = 3
 LEGEND = (
     "Largest error against float64, as a multiple of what the acceptance rule allows (1 passes); "
     "× eager: as a multiple of the error of eager torch."
@@ -20,7 +21,7 @@ LEGEND = (
 
 
 def show(rows: Sequence[Row], console: Console, device: str | None = None) -> None:
-    """Everything: the worst of every family, then all rows outside the rule or the worst of those within it."""
+    """The worst of every family, then the worst rows: those outside the rule or, if there are none, within it."""
     impls = list(dict.fromkeys(row.impl for row in rows))
     for impl in impls:
         console.print(_families([row for row in rows if row.impl == impl], impl))
@@ -29,16 +30,17 @@ def show(rows: Sequence[Row], console: Console, device: str | None = None) -> No
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title="Worst first", title_justify="left")
     for header in ("case and result", "impl", "error", "× eager", "× allowed"):
         table.add_column(header, justify="left" if header in ("case and result", "impl") else "right", overflow="fold")
-    for row in failed or ordered[:WORST]:
+    shown = failed[:MOST_FAILED] or ordered[:MOST_PASSED]
+    for row in shown:
         style = None if row.passed else "bold red"
-        figures = f"{row.error:.2e}", f"{row.of_eager:.2f}", f"{row.of_allowance:.2f}"
+        figures = f"{row.error:.2e}", _multiple(row.of_eager), _multiple(row.of_allowance)
         table.add_row(row.name, row.impl, *figures, style=style)
         if row.failure:
             table.add_row(f"  {row.failure}", "", "", "", "", style=style)
     console.print(table)
     console.print(LEGEND, style="dim", highlight=False)
-    console.print("To see a row again:" if failed else "To see the worst row again:", style="dim")
-    for row in failed or ordered[:1]:
+    console.print("To see one of them again:", style="dim")
+    for row in shown[: MOST_COMMANDS if failed else 1]:
         _command(row, device, console)
     verdict = (
         f"{len(failed)} of {len(rows)} results are outside the rule" if failed else f"All {len(rows)} results pass"
@@ -64,7 +66,11 @@ def _worst(rows: Iterable[Row], dtype: str) -> str:
     if not multiples:
         return ""
     worst = max(multiples)
-    return f"{worst:.2f}" if worst <= 1 else f"[bold red]{worst:.2f}[/]"
+    return _multiple(worst) if worst <= 1 else f"[bold red]{_multiple(worst)}[/]"
+
+
+def _multiple(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.1e}"
 
 
 def reproduce(row: Row, device: str | None = None) -> str:

@@ -96,8 +96,8 @@ def _label(options: Options) -> str:
 
 
 _ALPHAS = (1.0, 1.0001, 1.25, 1.5, 1.75, 2.0)
-_DIFFICULT = (
-    "flat", "ties", "huge", "far-from-zero", "tiny", "dense", "peaked", "heavy-tails", "near-two-point",
+_DIFFICULT = (  # the first has every expert in its support, so that a wrong edge of a row shows
+    "dense", "flat", "ties", "huge", "far-from-zero", "tiny", "peaked", "heavy-tails", "near-two-point",
 )  # fmt: skip
 
 FAMILIES = (
@@ -106,9 +106,8 @@ FAMILIES = (
         ("entmax",),
         trials.entmax,
         (
-            {"T": 3, "N": 33, "alpha": 1.5},
-            *({"T": 3, "N": 33, "alpha": alpha} for alpha in _ALPHAS if alpha != 1.5),
             *({"rows": rows, "T": 4, "N": 33, "alpha": 1.5} for rows in _DIFFICULT),
+            *({"T": 3, "N": 33, "alpha": alpha} for alpha in _ALPHAS),
             {"rows": "flat", "T": 2, "N": 70, "alpha": 1.25},
             {"T": 2, "N": 70, "alpha": 1.5},
             {"T": 2, "N": 1, "alpha": 1.5},

@@ -77,16 +77,19 @@ def test_a_wrong_mask_edge_is_named_worst_first(tmp_path: Path) -> None:
     assert {row.dtype for row in failed} == {"float32", "bfloat16", "float16"}
     shown = [line.split()[0] for line in result.output.splitlines() if line.startswith(" entmax/")]
     assert shown == [row.name for row in failed]
-    assert all(reproduce(row) in result.output for row in failed)
+    assert reproduce(failed[0]) in result.output
     assert f"{len(failed)} of {len(rows)} results are outside the rule" in result.output
 
 
 @pytest.mark.usefixtures("dropped_edge")
 def test_quick_verify_says_what_fails(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    entmax = [case for case in cases() if case.label == "flat-T4-N33-alpha1.5"]
-    monkeypatch.setattr("mumoe_fast.bench.verify.run.cases", lambda: [replace(case, quick=True) for case in entmax])
+    entmax_and_gate = [case for case in cases() if case.family in ("entmax", "gate")]
+    monkeypatch.setattr("mumoe_fast.bench.verify.run.cases", lambda: entmax_and_gate)
     failed = quick_verify("triton", device, [torch.float32])
-    assert [row.name for row in failed] == [f"{entmax[0].name}/a", f"{entmax[0].name}/dx"]
+    assert [(row.family, row.dtype, row.result) for row in failed] == [
+        ("entmax", "float32", "a"),
+        ("entmax", "float32", "dx"),
+    ]
     assert failed == worst_first(failed)
 
 
