@@ -9,7 +9,7 @@ does beside eager. A row is worse when it was within the rule and is not, or whe
 The largest error of a small tensor still jumps between equally good orders of summation, by more the fewer roundings
 there are in it. Over all cases of the reference and the native kernels, between AVX-512, AVX2 and neither, one thread
 and two, MKL and oneDNN, the largest ratio multiple / max(earlier multiple, FLOOR) was 3.8 with a floor of 0.02, 2.2
-with 0.1 and 1.4 with 0.2. With the factor 2 a row that was better than a fifth of its allowance is named once it passes
+with 0.1 and 1.5 with 0.2. With the factor 2 a row that was better than a fifth of its allowance is named once it passes
 two fifths, and one at half of it when it fails the rule.
 """
 
