@@ -13,6 +13,10 @@
 #include <tuple>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "simd/rows.h"
 
 namespace mumoe {
@@ -25,6 +29,17 @@ constexpr ScalarType dtype_of = ScalarType::Float;
 template <>
 inline constexpr ScalarType dtype_of<bfloat16> = ScalarType::BFloat16;
 
+// Ask for huge pages where memory is large: a step's big temporaries are new memory every time, and faulting them in page by
+// page costs it up to a twentieth of its time. Only a hint.
+inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  if (bytes < static_cast<int64_t>(2 * page)) return;
+  uintptr_t start = reinterpret_cast<uintptr_t>(data), first = (start + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(first), (start + static_cast<uintptr_t>(bytes) - first) / page * page, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[8], stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
@@ -35,7 +50,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor out(handle);
+  prefer_huge_pages(out.data_ptr(), stride * (dtype == ScalarType::Float ? 4 : 2));
+  return out;
 }
 
 template <class S>
@@ -71,6 +88,11 @@ inline Tensor row_range(const Tensor& x, int64_t first, int64_t last) {
 
 inline Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// Columns [first, last) of a matrix.
+inline Tensor column_range(const Tensor& x, int64_t first, int64_t last) {
+  return view(x, {x.size(0), last - first}, {x.stride(0), x.stride(1)}, first * x.stride(1));
 }
 
 // A matrix whose rows are dense: x itself where they are.

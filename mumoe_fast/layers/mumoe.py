@@ -94,7 +94,7 @@ class MuMoE(nn.Module):
                 alpha=gate.alpha,
                 eps=gate.eps,
             )
-        y: Tensor = experts(x, gate(x if gate_input is None else gate_input))
+        y: Tensor = experts(x, gate(x if gate_input is None else gate_input), support_only=True)
         return y
 
 
@@ -191,5 +191,6 @@ class MuMoEMLP(nn.Module):
     def forward(self, x: Tensor, gate_input: Tensor | None = None) -> Tensor:
         """x (..., I) to (..., O); the gate reads `gate_input` (..., I) where it is given, else x."""
         coefficients = self.gate(x if gate_input is None else gate_input)
-        y: Tensor = self.out_experts(self.in_experts(x, coefficients), coefficients)
+        h = self.in_experts(x, coefficients, support_only=True)
+        y: Tensor = self.out_experts(h, coefficients, support_only=True)
         return y
