@@ -13,10 +13,6 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "simd/rows.h"
 
 namespace mumoe {
@@ -29,17 +25,6 @@ constexpr ScalarType dtype_of = ScalarType::Float;
 template <>
 inline constexpr ScalarType dtype_of<bfloat16> = ScalarType::BFloat16;
 
-// Ask for huge pages where memory is large: a step's big temporaries are new memory every time, and faulting them in page by
-// page costs it up to a twentieth of its time. Only a hint.
-inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  if (bytes < static_cast<int64_t>(2 * page)) return;
-  uintptr_t start = reinterpret_cast<uintptr_t>(data), first = (start + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(first), (start + static_cast<uintptr_t>(bytes) - first) / page * page, MADV_HUGEPAGE);
-#endif
-}
-
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[8], stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
@@ -50,9 +35,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor out(handle);
-  prefer_huge_pages(out.data_ptr(), stride * (dtype == ScalarType::Float ? 4 : 2));
-  return out;
+  return Tensor(handle);
 }
 
 template <class S>

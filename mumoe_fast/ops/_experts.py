@@ -78,7 +78,7 @@ class Family:
         """Call the launcher; every tensor argument from z on has its place in the result."""
         *shared, activation, needs, support_only, impl = rest
         launcher = getattr(launchers(impl, self.module), f"{self.name}_backward")
-        options = {"activation": activation, "needs": tuple(needs)}
+        options: dict[str, Any] = {"activation": activation, "needs": tuple(needs)}
         if impl == "native":  # a tile of Triton's has all of da by one product
             options["support_only"] = support_only
         dz, da, dexperts, *dshared = launcher(dy, z, coefficients, experts, *shared, first, second, **options)

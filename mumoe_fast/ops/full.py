@@ -40,7 +40,7 @@ def _backward(
     support_only: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    options = {"activation": activation, "needs": tuple(needs)}
+    options: dict[str, Any] = {"activation": activation, "needs": tuple(needs)}
     if impl == "native":  # as for the factorised experts
         options["support_only"] = support_only
     gradients = launchers(impl, "full").full_backward(dy, z, a, weight, bias, **options)
