@@ -81,7 +81,8 @@ def _backward_flops(
 
 
 full_backward = define(
-    f"full_backward(Tensor dy, {_ARGUMENTS}, bool[] needs, bool support_only, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"full_backward(Tensor dy, {_ARGUMENTS}, bool[] needs, bool support_only, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     flops=_backward_flops,

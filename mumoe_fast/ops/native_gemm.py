@@ -1,11 +1,11 @@
 """Which GEMM the native kernels use in float32: ATen's, or oneDNN's linear layer where that is faster here.
 
 PyTorch's own float32 GEMM on a CPU is usually MKL's, which is slow in some products on machines that are not Intel's;
-oneDNN's is not, but it is reached only through a private operator. So it is used where it exists, passes beside ATen's by
-the rule for kernels, and was measured to be faster on this machine, for each kind of product by itself; everywhere else,
-and whenever anything about it fails, ATen's is. The measurement takes less than half a second at the first call of a
-native kernel and is kept in a file, so that all processes on a machine compute the same bits. bfloat16 always goes to
-ATen.
+oneDNN's is not, but it is reached only through a private operator. So it is used where it exists, passes beside ATen's
+by the rule for kernels, and was measured to be faster on this machine, for each kind of product by itself; everywhere
+else, and whenever anything about it fails, ATen's is. The measurement takes less than half a second at the first call
+of a native kernel and is kept in a file, so that all processes on a machine compute the same bits. bfloat16 always goes
+to ATen.
 
     MUMOE_GEMM=aten, onednn or auto   what to use, without asking this module (auto: measure)
     MUMOE_CACHE_DIR                   where the file is, in place of ~/.cache/mumoe_fast
