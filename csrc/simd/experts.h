@@ -296,6 +296,9 @@ template <class S>
 void dots(const float* x, int64_t T, int64_t I, const S* W, int64_t ldW, int64_t first, int64_t last, float* out,
           int64_t ld_out) {
   int64_t r = first;
+  if (T == 1) {
+    for (; r + 8 <= last; r += 8) dot_block<8, 1>(x, I, W + r * ldW, ldW, out + r, ld_out);
+  }
   for (; r + 4 <= last; r += 4) {
     int64_t t = 0;
     for (; t + 4 <= T; t += 4) dot_block<4, 4>(x + t * I, I, W + r * ldW, ldW, out + t * ld_out + r, ld_out);
