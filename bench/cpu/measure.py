@@ -47,8 +47,8 @@ class Comparison:
     high: float
 
     @property
-    def met(self) -> bool:
-        """Whether the median meets the goal."""
+    def met(self) -> bool | None:
+        """Whether the median meets the goal; None where there is none."""
         return self.goal.met(self.ratio)
 
 
