@@ -18,8 +18,8 @@ LEGEND = (
     "Medians of calls in turns, on the same inputs and in random order, and their ratio; in brackets quartiles of the "
     "ratio turn by turn. forward: without gradients; forward+backward: gradients of the input and of every parameter; "
     "peak memory: what one such step holds beyond parameters and input, in a process of its own; its matrix products "
-    "alone: linear layers of the sizes that ours multiplies, by torch's GEMM, without gate, experts or activation. ≥: how "
-    "many times faster; ≤: our share of their time or memory."
+    "alone: linear layers of the sizes that ours multiplies, by torch's GEMM, without gate, experts or activation. ≥: "
+    "how many times faster; ≤: our share of their time or memory."
 )
 
 

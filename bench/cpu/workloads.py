@@ -26,7 +26,7 @@ Factory = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked beside one peer: at least `limit` times faster, or else at most `limit` times its cost; None: nothing."""
+    """What is asked beside a peer: at least `limit` times faster, or else at most `limit` times its cost; None: nothing."""
 
     peer: str
     limit: float | None
