@@ -26,7 +26,7 @@ Factory = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked beside a peer: at least `limit` times faster, or else at most `limit` times its cost; None: nothing."""
+    """At least `limit` times faster than a peer, or else at most `limit` times its cost; None: nothing is asked."""
 
     peer: str
     limit: float | None
