@@ -71,6 +71,27 @@ Tensor gemm(const Tensor& X, const Tensor& Y) {
   return out;
 }
 
+template <class S>
+Tensor linear_by_rows(const Tensor& X, const Tensor& W) {
+  int64_t T = X.size(0), I = X.size(1), R = W.size(0);
+  Tensor x = as_contiguous(converted(X, ScalarType::Float)), sums = empty<float>({T, R});
+  parallel(R, T * I / 2, [&](int64_t first, int64_t last) {
+    rows_of<S>().dots(data<float>(x), T, I, data<S>(W), W.stride(0), first, last, data<float>(sums), R);
+  });
+  return sums;
+}
+
+template Tensor linear_by_rows<float>(const Tensor& X, const Tensor& W);
+template Tensor linear_by_rows<bfloat16>(const Tensor& X, const Tensor& W);
+
+Tensor linear(const Tensor& X, const Tensor& W) {
+  return with_element(X, [&](auto element) {
+    using S = decltype(element);
+    bool by_rows = X.size(0) <= kFewTokens<S> && (W.stride(1) == 1 || W.size(1) <= 1);
+    return by_rows ? converted(linear_by_rows<S>(X, W), dtype_of<S>) : gemm(X, transposed(W));
+  });
+}
+
 void gemm_into(const Tensor& out, const Tensor& X, const Tensor& Y) {
   if (runs_on_onednn(X, Y)) {
     STABLE_TORCH_ERROR_CODE_CHECK(
