@@ -17,6 +17,10 @@ struct Options {
   float alpha, eps;
 };
 
+// What lies between the two passes is one thread's work.
+template <class S>
+constexpr int64_t kTokensInOneCall = std::min<int64_t>(16, kFewTokens<S>);
+
 template <class S>
 Tensor few_tokens(const Tensor& z, const std::vector<Tensor>& gates, const std::vector<Tensor>& experts,
                   const Tensor& in_factor, const std::optional<Tensor>& in_bias, const Tensor& out_factor,
@@ -89,7 +93,7 @@ Tensor cp_layer(
   STD_TORCH_CHECK(norm == "layer" || norm == "none", "cp_layer: expected norm layer or none, got ", norm);
   std::optional<Tensor> y = with_element(z, [&](auto element) -> std::optional<Tensor> {
     using S = decltype(element);
-    if (z.size(0) > kFewTokens<S> || !all_of_dtype(gate_weights, dtype_of<S>)) return std::nullopt;
+    if (z.size(0) > kTokensInOneCall<S> || !all_of_dtype(gate_weights, dtype_of<S>)) return std::nullopt;
     std::optional<Tensor> bias = in_bias.has_value() ? std::optional(as_contiguous(*in_bias)) : std::nullopt;
     return few_tokens<S>(
         mumoe::with_dense_rows(z), with_dense_rows(gate_weights), with_dense_rows(expert_factors),

@@ -13,7 +13,7 @@ void gemm_into(const Tensor& out, const Tensor& X, const Tensor& Y);
 
 // Tokens up to which dot products with every row of a weight, read once, beat a GEMM, which lays it out anew.
 template <class S>
-constexpr int64_t kFewTokens = 16;
+constexpr int64_t kFewTokens = 128;
 template <>
 inline constexpr int64_t kFewTokens<bfloat16> = 4;  // its GEMM has instructions of its own
 

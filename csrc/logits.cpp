@@ -10,17 +10,17 @@ namespace mumoe {
 namespace {
 
 constexpr int64_t kRows = Bf16Dots::kRows, kColumns = Bf16Dots::kColumns;
+constexpr int64_t kFewHalfTokens = 4 * kRows;  // up to which packing the whole weight does not pay
 
 }  // namespace
 
 Logits::Logits(const Tensor& weight, ScalarType dtype, int64_t tokens) : N_(weight.size(0)), I_(weight.size(1)) {
   Tensor rounded = with_dense_rows(converted(weight, dtype));
-  if (tokens <= kFewTokens<float>) {
+  if (dtype != ScalarType::BFloat16 || tokens <= kFewHalfTokens) {
     weight_ = rounded;
     return;
   }
-  // packing reads the whole weight, which pays from some tokens on
-  if (dtype != ScalarType::BFloat16 || bf16_dots() == nullptr || tokens < 4 * kRows) {
+  if (bf16_dots() == nullptr) {
     weight_ = converted(rounded, ScalarType::Float);
     return;
   }
