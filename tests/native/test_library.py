@@ -58,6 +58,14 @@ def test_onednn_computes_the_same() -> None:
 
 
 @needs_library
+def test_tensors_that_begin_inside_their_memory() -> None:
+    problem = cp_problem(9, 33, 12, (20, 3), 21, activation="gelu")
+    views = problem.map(lambda x: torch.cat([x.new_full((5, *x.shape[1:]), float("nan")), x])[5:])
+    assert views.in_factor.storage_offset() > 0
+    cp_expected(problem).accept(run(views))
+
+
+@needs_library
 def test_unknown_gemm() -> None:
     with pytest.raises(RuntimeError, match="expected aten or onednn, got cublas"):
         torch.ops.mumoe_native.set_gemm("cublas")
