@@ -170,7 +170,7 @@ def run_full(
 def run_tucker(
     launchers: Any, problem: BilinearProblem, needed: Collection[str] = TUCKER_NEEDS, **options: bool
 ) -> Tensors:
-    """y and the gradients of the arguments in `needed`, as `launchers.tucker_forward` and `tucker_backward` give them."""
+    """y and the gradients of the arguments in `needed`, as `launchers.tucker_forward` and its backward give them."""
     x, activation = problem.inputs, problem.activation
     levels = [x[f"a_{e}"] for e in problem.levels], [x[f"U_{e}"] for e in problem.levels]
     arguments = x["z"], *levels, x["in_factor"], x.get("in_bias"), x["core"], x["out_factor"]
