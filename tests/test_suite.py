@@ -12,7 +12,7 @@ from mumoe_fast.ops.dispatch import obstacle
 from mumoe_fast.testing.problems_layer import FACTORIZATIONS, LayerCase, layer_cases, layer_expected, run_layer
 
 CASES = list(layer_cases())
-NATIVE = [case for case in CASES if case.factorization in ("cp", "tr", "tt") and case.dtype != torch.float16]
+NATIVE = [case for case in CASES if case.dtype != torch.float16]
 
 
 def accepts(case: LayerCase, impl: str, device: torch.device) -> None:

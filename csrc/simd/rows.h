@@ -61,6 +61,12 @@ struct RowsOf {
   void (*matrix_product_backward)(
       const S* dh, const S* A, const S* B, int64_t P, int64_t K, int64_t Q, float* dA, S* dB, S* h);
 
+  // From the gradient dv (M×Q) of one token's outer product v = u ⊗ x: du = dv·x and dx += uᵀ·dv, in float32.
+  void (*outer_backward)(const S* dv, const float* u, const S* x, int64_t M, int64_t Q, float* du, float* dx);
+
+  // ⟨x, y⟩
+  float (*dot)(const S* x, const S* y, int64_t n);
+
   void (*widen)(const S* x, int64_t n, float* out);
   void (*narrow)(const float* x, int64_t n, S* out);
   // total += weight·x
