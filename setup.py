@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent
 TORCH_MINIMUM = (2, 11)
 COMPILER_FLAGS = [
     "-std=c++20",
-    "-O2",
+    "-O3",
     "-g0",
     "-fvisibility=hidden",
     "-ffp-contract=fast",

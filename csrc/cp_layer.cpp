@@ -12,12 +12,14 @@
 namespace mumoe {
 namespace {
 
-constexpr int64_t kFewTokens = 16;
-
 struct Options {
   bool layer;
   float alpha, eps;
 };
+
+// What lies between the two passes is one thread's work.
+template <class S>
+constexpr int64_t kTokensInOneCall = std::min<int64_t>(16, kFewTokens<S>);
 
 template <class S>
 Tensor few_tokens(const Tensor& z, const std::vector<Tensor>& gates, const std::vector<Tensor>& experts,
@@ -89,15 +91,16 @@ Tensor cp_layer(
     Tensor z, std::vector<Tensor> gate_weights, std::vector<Tensor> expert_factors, Tensor in_factor,
     std::optional<Tensor> in_bias, Tensor out_factor, std::string norm, double alpha, double eps) {
   STD_TORCH_CHECK(norm == "layer" || norm == "none", "cp_layer: expected norm layer or none, got ", norm);
-  if (z.size(0) <= kFewTokens && all_of_dtype(gate_weights, z.scalar_type())) {
+  std::optional<Tensor> y = with_element(z, [&](auto element) -> std::optional<Tensor> {
+    using S = decltype(element);
+    if (z.size(0) > kTokensInOneCall<S> || !all_of_dtype(gate_weights, dtype_of<S>)) return std::nullopt;
     std::optional<Tensor> bias = in_bias.has_value() ? std::optional(as_contiguous(*in_bias)) : std::nullopt;
-    Options options{norm == "layer", static_cast<float>(alpha), static_cast<float>(eps)};
-    return with_element(z, [&](auto element) {
-      return few_tokens<decltype(element)>(
-          mumoe::with_dense_rows(z), with_dense_rows(gate_weights), with_dense_rows(expert_factors),
-          mumoe::with_dense_rows(in_factor), bias, mumoe::with_dense_rows(out_factor), options);
-    });
-  }
+    return few_tokens<S>(
+        mumoe::with_dense_rows(z), with_dense_rows(gate_weights), with_dense_rows(expert_factors),
+        mumoe::with_dense_rows(in_factor), bias, mumoe::with_dense_rows(out_factor),
+        {norm == "layer", static_cast<float>(alpha), static_cast<float>(eps)});
+  });
+  if (y.has_value()) return *y;
   std::vector<Tensor> coefficients;
   for (const Tensor& weight : gate_weights) {
     coefficients.push_back(gate_forward(z, weight, std::nullopt, norm, alpha, eps));

@@ -1,4 +1,5 @@
-// Logits: by ATen's GEMM in float32, or for bfloat16, whose GEMM would round them, by dot products that keep float32.
+// Logits: by ATen's GEMM in float32, or by dot products that keep float32 for bfloat16, whose GEMM would round them, and for
+// few tokens.
 #include "logits.h"
 
 #include "gemm.h"
@@ -9,17 +10,20 @@ namespace mumoe {
 namespace {
 
 constexpr int64_t kRows = Bf16Dots::kRows, kColumns = Bf16Dots::kColumns;
+constexpr int64_t kFewHalfTokens = 4 * kRows;  // up to which packing the whole weight does not pay
 
 }  // namespace
 
 Logits::Logits(const Tensor& weight, ScalarType dtype, int64_t tokens) : N_(weight.size(0)), I_(weight.size(1)) {
-  Tensor rounded = converted(weight, dtype);
-  // packing reads the whole weight, which pays from some tokens on
-  if (dtype != ScalarType::BFloat16 || bf16_dots() == nullptr || tokens < 4 * kRows) {
+  Tensor rounded = with_dense_rows(converted(weight, dtype));
+  if (dtype != ScalarType::BFloat16 || tokens <= kFewHalfTokens) {
+    weight_ = rounded;
+    return;
+  }
+  if (bf16_dots() == nullptr) {
     weight_ = converted(rounded, ScalarType::Float);
     return;
   }
-  rounded = with_dense_rows(rounded);
   Matrix<bfloat16> W = matrix<bfloat16>(rounded);
   int64_t count = (N_ + kColumns - 1) / kColumns, words = Bf16Dots::panel_words(I_);
   panels_.resize(static_cast<size_t>(count * words));
@@ -32,7 +36,9 @@ Logits::Logits(const Tensor& weight, ScalarType dtype, int64_t tokens) : N_(weig
 }
 
 Tensor Logits::of(const Tensor& z) const {
-  return panels_.empty() ? linear(converted(z, ScalarType::Float), weight_) : by_bf16_dots(z);
+  if (!panels_.empty()) return by_bf16_dots(z);
+  return weight_.scalar_type() == ScalarType::BFloat16 ? linear_by_rows<bfloat16>(z, weight_)
+                                                       : linear(converted(z, ScalarType::Float), weight_);
 }
 
 Tensor Logits::by_bf16_dots(const Tensor& z) const {

@@ -17,7 +17,7 @@ class Logits {
   Tensor by_bf16_dots(const Tensor& z) const;
 
   int64_t N_, I_;
-  Tensor weight_;                 // float32, where ATen multiplies
+  Tensor weight_;                 // in float32 where ATen multiplies, as it is for few tokens
   std::vector<uint32_t> panels_;  // else packed for bf16_dots
 };
 

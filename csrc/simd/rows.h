@@ -50,16 +50,22 @@ struct RowsOf {
   // dz = dz ⊙ act'(z), in place.
   void (*activate_backward)(const S* z, int64_t n, Activation activation, S* dz);
 
-  // B += bias (unless null) in place, and h = A ⊙ B; h may be B, and A_out (A in S) may be null.
-  void (*product)(const float* A, S* B, const S* bias, int64_t R, S* A_out, S* h);
+  // B += bias (unless null) in place, and h = A ⊙ B; h may be B.
+  void (*product)(const float* A, S* B, const S* bias, int64_t R, S* h);
   // From one row each of dh, A, B: dA = dh ⊙ B, dB = dh ⊙ A, h = A ⊙ B. dB may be dh.
-  void (*product_backward)(const S* dh, const S* A, const S* B, int64_t R, S* dA, S* dB, S* h);
+  void (*product_backward)(const S* dh, const float* A, const S* B, int64_t R, S* dA, S* dB, S* h);
 
   // One token's matrices: B += bias (unless null) in place, h (P×Q) = A (P×K) · B (K×Q); A_out (A in S) may be null.
   void (*matrix_product)(const float* A, S* B, const S* bias, int64_t P, int64_t K, int64_t Q, S* A_out, S* h);
   // From dh (P×Q): dA = dh·Bᵀ in float32, dB = Aᵀ·dh, h = A·B.
   void (*matrix_product_backward)(
       const S* dh, const S* A, const S* B, int64_t P, int64_t K, int64_t Q, float* dA, S* dB, S* h);
+
+  // From the gradient dv (M×Q) of one token's outer product v = u ⊗ x: du = dv·x and dx += uᵀ·dv, in float32.
+  void (*outer_backward)(const S* dv, const float* u, const S* x, int64_t M, int64_t Q, float* du, float* dx);
+
+  // ⟨x, y⟩
+  float (*dot)(const S* x, const S* y, int64_t n);
 
   void (*widen)(const S* x, int64_t n, float* out);
   void (*narrow)(const float* x, int64_t n, S* out);

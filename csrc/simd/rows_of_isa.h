@@ -10,6 +10,8 @@ namespace {
 #include "entmax.h"
 #include "experts.h"
 
+#include "bilinear.h"
+
 template <class S>
 constexpr RowsOf<S> table() {
   return {
@@ -30,6 +32,8 @@ constexpr RowsOf<S> table() {
       .product_backward = product_backward<S>,
       .matrix_product = matrix_product<S>,
       .matrix_product_backward = matrix_product_backward<S>,
+      .outer_backward = outer_backward<S>,
+      .dot = dot<S>,
       .widen = widen_row<S>,
       .narrow = narrow_row<S>,
       .add = add<S>,

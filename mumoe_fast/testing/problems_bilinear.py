@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from mumoe_fast.testing.acceptance import EXACT, Rounding
 from mumoe_fast.testing.problems_gate import Expected
 
 Tensors = dict[str, Tensor]
+
+FULL_NEEDS = ("z", "a", "weight", "bias")
+TUCKER_NEEDS = ("z", "coefficients", "expert_factors", "in_factor", "in_bias", "core", "out_factor")
 
 
 @dataclass(frozen=True)
@@ -148,3 +152,40 @@ def bilinear_expected(problem: BilinearProblem, only: Collection[str] | None = N
         {name: x for name, x in answer.items() if only is None or name in only} for answer in answers
     )
     return Expected(truth, eager, magnitude, problem.dtype)
+
+
+def run_full(
+    launchers: Any, problem: BilinearProblem, needed: Collection[str] = FULL_NEEDS, **options: bool
+) -> Tensors:
+    """y and the gradients of the arguments in `needed`, as `launchers.full_forward` and `full_backward` give them."""
+    x = problem.inputs
+    arguments = x["z"], x["a"], x["weight"], x.get("bias")
+    gradients = launchers.full_backward(
+        problem.dy, *arguments, activation=problem.activation, needs=_flags(needed, FULL_NEEDS), **options
+    )
+    named = {f"d{name}": gradient for name, gradient in zip(FULL_NEEDS, gradients, strict=True)}
+    return _present(named | {"y": launchers.full_forward(*arguments, activation=problem.activation)})
+
+
+def run_tucker(
+    launchers: Any, problem: BilinearProblem, needed: Collection[str] = TUCKER_NEEDS, **options: bool
+) -> Tensors:
+    """y and the gradients of the arguments in `needed`, as `launchers.tucker_forward` and its backward give them."""
+    x, activation = problem.inputs, problem.activation
+    levels = [x[f"a_{e}"] for e in problem.levels], [x[f"U_{e}"] for e in problem.levels]
+    arguments = x["z"], *levels, x["in_factor"], x.get("in_bias"), x["core"], x["out_factor"]
+    y, B, c = launchers.tucker_forward(*arguments, activation=activation, save=True)
+    dz, da, d_factors, *shared = launchers.tucker_backward(
+        problem.dy, *arguments, B, c, activation=activation, needs=_flags(needed, TUCKER_NEEDS), **options
+    )
+    named = {"y": y, "dz": dz} | {f"d{name}": dx for name, dx in zip(TUCKER_NEEDS[3:], shared, strict=True)}
+    named |= {f"da_{e}": dx for e, dx in enumerate(da)} | {f"dU_{e}": dx for e, dx in enumerate(d_factors)}
+    return _present(named)
+
+
+def _flags(needed: Collection[str], names: Collection[str]) -> list[bool]:
+    return [name in needed for name in names]
+
+
+def _present(results: dict[str, Tensor | None]) -> Tensors:
+    return {name: result for name, result in results.items() if result is not None}

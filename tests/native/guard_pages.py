@@ -88,6 +88,28 @@ def tr(T: int, I: int, O: int, N: Sequence[int], ranks: Sequence[int], dtype: to
     native.tr_backward(dy, z, a, U, *shared, A, B, activation="gelu", needs=[True] * 6, support_only=True)
 
 
+def tucker(
+    T: int, I: int, O: int, N: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, share: float, activation: str
+) -> None:
+    native, R_I, R_O = torch.ops.mumoe_native, *ranks[-2:]
+    z, dy, in_bias = normal(T, I, dtype=dtype), normal(T, O, dtype=dtype), normal(R_I, dtype=dtype)
+    a = [sparse(T, n, share, dtype) for n in N]
+    U = [normal(n, rank, dtype=dtype) for n, rank in zip(N, ranks, strict=False)]
+    shared = normal(R_I, I, dtype=dtype), in_bias, normal(*ranks, dtype=dtype), normal(O, R_O, dtype=dtype)
+    _, B, c = native.tucker_forward(z, a, U, *shared, activation=activation, save=True)
+    B, c = at_end_of_page(B), at_end_of_page(c)
+    native.tucker_backward(dy, z, a, U, *shared, B, c, activation=activation, needs=[True] * 7)
+
+
+def full(T: int, I: int, O: int, N: int, dtype: torch.dtype, share: float, activation: str) -> None:
+    native, a = torch.ops.mumoe_native, sparse(T, N, share, dtype)
+    arguments = normal(T, I, dtype=dtype), a, normal(N, O, I, dtype=dtype), normal(N, O, dtype=dtype)
+    native.full_forward(*arguments, activation=activation)
+    for support_only in (False, True):
+        options = {"activation": activation, "needs": [True] * 4, "support_only": support_only}
+        native.full_backward(normal(T, O, dtype=dtype), *arguments, **options)
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         torch.ops.load_library(sys.argv[1])
@@ -108,6 +130,11 @@ def main() -> None:
         cp(18, 17, 19, (33, 2), R, dtype, share, "none")
         tr(5, 17, 7, (40,), (4, 4, R), dtype, share)
         tr(5, 17, 7, (33, 2), (1, 3, 5, R), dtype, share)
+        for activation in ("none", "silu"):
+            tucker(5, 17, 7, (40,), (5, R, 9), dtype, share, activation)
+            tucker(18, 9, 19, (33, 2), (3, 2, 18, R), dtype, share, activation)
+            full(18, R, 15, 9, dtype, share, activation)
+            full(5, 17, R, 3, dtype, share, activation)
     print("no access outside its memory")
 
 

@@ -1,0 +1,45 @@
+"""Ways to lay out the same tensors, and coefficients without zeros, for the tests of the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from mumoe_fast.testing.problems_bilinear import BilinearProblem
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT if x.ndim > 1 else x
+
+
+def strided(x: Tensor) -> Tensor:
+    """Every second entry of every third row of something larger."""
+    rows = (3 * x.shape[0],) if x.ndim > 1 else ()
+    larger = x.new_full((*rows, *x.shape[1:-1], 2 * x.shape[-1]), float("nan"))
+    view = larger[::3, ..., ::2] if x.ndim > 1 else larger[::2]
+    return view.copy_(x)
+
+
+def inside(x: Tensor) -> Tensor:
+    """Behind something else in its memory."""
+    larger = x.new_full((3 + x.shape[0], *x.shape[1:]), float("nan"))
+    larger[3:] = x
+    return larger[3:]
+
+
+def expanded(x: Tensor) -> Tensor:
+    """The first row, expert or plane of the core for all."""
+    return x[:1].expand_as(x) if x.ndim > 1 else x
+
+
+LAYOUTS = (transposed, strided, inside, expanded)
+
+
+def dense_coefficients(problem: BilinearProblem) -> BilinearProblem:
+    """The problem as a gate starts it: no coefficient is zero, but they are not all alike."""
+
+    def dense(a: Tensor) -> Tensor:
+        return ((a.float() + 1 / a.shape[-1]) / 2).to(a.dtype)
+
+    return replace(problem, inputs={name: dense(x) if name[0] == "a" else x for name, x in problem.inputs.items()})
