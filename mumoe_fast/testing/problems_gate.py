@@ -125,7 +125,7 @@ def entmax_rows(kind: str, T: int, N: int) -> Tensor:
 def learned_entmax_problem(x: Tensor, da: Tensor, alpha: Tensor) -> Expected:
     """``a``, ``dx`` and, in float32 whatever x's dtype, ``dalpha`` of α-entmax for a scalar tensor α in (1, 2).
 
-    Truth of dα is autograd's through the reference, eager Correia et al.'s formula on coefficients in x's dtype.
+    Truth of dα is autograd's through the reference, eager a formula on coefficients in x's dtype.
     """
     leaf = alpha.detach().double().requires_grad_()
     with torch.enable_grad():
@@ -144,13 +144,20 @@ def learned_entmax_problem(x: Tensor, da: Tensor, alpha: Tensor) -> Expected:
 
 
 def _alpha_gradient(a: Tensor, da: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """dα from coefficients in float64, and the same sum on absolute values."""
+    """dα from coefficients in float64, and the same sum on absolute values.
+
+    In Correia et al.'s (a − g/Σg)/β², g = a^{1−β}, a rounding of the coefficients is divided by β². As Σa = 1, that is
+    (a Σ(g − a) − (g − a))/(Σg β²), where g − a is of β's size, and this is how a kernel can compute it, too.
+    """
     beta = alpha - 1
-    g = torch.where(a > 0, a.clamp(min=1e-300) ** (1 - beta), 0)
-    share, entropy = g / g.sum(-1, keepdim=True), -torch.xlogy(a, a)
-    total = entropy.sum(-1, keepdim=True)
-    slope = (a - share) / beta**2 + (entropy - share * total) / beta
-    return (da * slope).sum(), (da.abs() * ((a + share) / beta**2 + (entropy + share * total) / beta)).sum()
+    log = torch.where(a > 0, a, 1).log()
+    excess = a * torch.expm1(-beta * log)  # g − a, nowhere negative
+    total = excess.sum(-1, keepdim=True)
+    share, entropy = (a + excess) / (1 + total), -a * log
+    entropies = entropy.sum(-1, keepdim=True)
+    slope = (a * total - excess) / (1 + total) / beta**2 + (entropy - share * entropies) / beta
+    size = (a * total + excess) / (1 + total) / beta**2 + (entropy + share * entropies) / beta
+    return (da * slope).sum(), (da.abs() * size).sum()
 
 
 def gate_problem(
