@@ -1,68 +1,120 @@
-"""Every factorisation × levels × bias × norm × α × dtype × implementation, whole layers, by the acceptance rule.
+"""The library's own cases by the acceptance rule: every operator, and whole layers of every factorisation and option.
 
-The cases are data in `mumoe_fast.testing.problems_layer`; a new factorisation adds one row there and nothing here.
+The cases are data in `mumoe_fast.testing.cases`; a new family or factorisation adds rows there and nothing here. What
+the native kernels have, they are tried on; of Triton's families only those without a file in tests/kernels are tried on
+all cases, since the interpreter is slow.
 """
+
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from mumoe_fast import rank
+from mumoe_fast import functional, rank
+from mumoe_fast.layers import gate as layers_gate
 from mumoe_fast.layers.mumoe import EXPERTS
-from mumoe_fast.ops.dispatch import obstacle
-from mumoe_fast.testing.problems_layer import FACTORIZATIONS, LayerCase, layer_cases, layer_expected, run_layer
+from mumoe_fast.testing.acceptance import assert_accepted
+from mumoe_fast.testing.cases import DTYPES, FAMILIES, Case, cases
+from mumoe_fast.testing.problems_layer import FACTORIZATIONS, layer_cases
 
-CASES = list(layer_cases())
-NATIVE = [case for case in CASES if case.dtype != torch.float16]
-
-
-def accepts(case: LayerCase, impl: str, device: torch.device) -> None:
-    layer = case.build(impl, device)
-    z = torch.randn(case.tokens, case.in_features).to(device, case.dtype)
-    dy = torch.randn(case.tokens, case.out_features).to(device, case.dtype)
-    expected = layer_expected(case, layer, z, dy)
-    expected.accept(run_layer(layer, z, dy))
+CPU = torch.device("cpu")
+CASES = cases()
+NATIVE = [case for case in CASES if case.obstacle("native", CPU) is None]
+TRITON = [case for case in CASES if case.quick or case.family in ("tr", "tt", "layer")]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_triton(case: LayerCase, device: torch.device) -> None:
-    accepts(case, "triton", device)
+@pytest.mark.parametrize("case", TRITON, ids=str)
+def test_triton(case: Case, device: torch.device) -> None:
+    assert_accepted(case.build(device).judge("triton"))
 
 
 @pytest.mark.parametrize("case", NATIVE, ids=str)
-def test_native(case: LayerCase) -> None:
-    hindrance = obstacle("native", torch.device("cpu"), case.dtype)
-    if hindrance is not None:
-        pytest.skip(hindrance)
-    accepts(case, "native", torch.device("cpu"))
+def test_native(case: Case) -> None:
+    assert_accepted(case.build(CPU).judge("native"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_reference_is_within_its_own_rule(case: Case) -> None:
+    assert_accepted(case.build(CPU).judge("reference"))
+
+
+def test_every_family_comes_in_every_dtype_and_has_quick_cases() -> None:
+    for family in (*(family.name for family in FAMILIES), "layer"):
+        mine = [case for case in CASES if case.family == family]
+        assert {case.dtype for case in mine} == set(DTYPES)
+        assert any(case.quick for case in mine)
+
+
+def test_every_public_function_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = set()
+
+    def recording(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def recorded(*arguments: object, **options: object) -> object:
+            called.add(name)
+            return function(*arguments, **options)
+
+        return recorded
+
+    for name in functional.__all__:
+        monkeypatch.setattr(functional, name, recording(name, getattr(functional, name)))
+    for case in CASES:
+        if case.quick and case.family != "layer":
+            case.build(CPU).run("reference")
+    assert called == set(functional.__all__)
 
 
 def test_the_suite_covers_every_factorisation_and_every_option() -> None:
+    layers = list(layer_cases())
     assert set(FACTORIZATIONS) == set(EXPERTS) == set(rank.FACTORIZATIONS)
     for factorization in FACTORIZATIONS:
-        mine = [case for case in CASES if case.factorization == factorization]
+        mine = [case for case in layers if case.factorization == factorization]
         assert {len(case.levels) for case in mine} == {1, 2, 4}
         assert {case.norm for case in mine} == {"layer", "batch", "none"}
         assert {case.bias for case in mine} == {True, False}
         assert {case.alpha for case in mine} == {1.0, 1.25, 1.5, 2.0}
-        assert {case.dtype for case in mine} == {torch.float32, torch.bfloat16, torch.float16}
+        assert {case.dtype for case in mine} == set(DTYPES)
+
+
+def test_names_are_unique_and_need_no_quoting() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert all(re.fullmatch(r"[\w./-]+", case.name) for case in CASES)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.quick], ids=str)
+def test_a_case_alone_has_the_same_inputs_as_among_others(case: Case) -> None:
+    before = torch.get_rng_state()
+    first = case.build(CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.randn(3)
+    second = case.build(CPU)
+    for one, other in ((first.inputs, second.inputs), (first.upstream, second.upstream)):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert set(first.names) == first.run("reference").keys()
+
+
+def without_smallest(a: torch.Tensor) -> torch.Tensor:
+    """The coefficients but for the smallest positive one of every row, as a truncated support leaves them."""
+    return a.scatter(-1, torch.where(a > 0, a, 2).argmin(-1, keepdim=True), 0)
+
+
+LAYERS = [case for case in CASES if case.family == "layer" and case.label.endswith("-layer-alpha1.5")]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_a_dropped_coefficient_is_seen_in_every_layer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = layers_gate.gate
+    monkeypatch.setattr(layers_gate, "gate", lambda *args, **options: without_smallest(gate(*args, **options)))
+    with pytest.raises(AssertionError, match="outside the acceptance rule"):
+        assert_accepted(case.build(CPU).judge("reference"))
 
 
 def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """The suite can fail: drop the smallest coefficient of every row, as a truncated support would."""
     from mumoe_fast.kernels import gate
 
     forward = gate.gate_forward
-
-    def truncated(*arguments: object, **options: object) -> torch.Tensor:
-        a = forward(*arguments, **options)
-        smallest = torch.where(a > 0, a, 2).argmin(-1, keepdim=True)
-        return a.scatter(-1, smallest, 0)
-
-    monkeypatch.setattr(gate, "gate_forward", truncated)
-    case = next(c for c in CASES if c.norm == "layer" and c.dtype == torch.bfloat16 and c.alpha == 1.5)
-    layer = case.build("triton", device)
-    z = torch.randn(case.tokens, case.in_features).to(device, case.dtype)
-    dy = torch.randn(case.tokens, case.out_features).to(device, case.dtype)
-    expected = layer_expected(case, layer, z, dy)
+    monkeypatch.setattr(gate, "gate_forward", lambda *args, **options: without_smallest(forward(*args, **options)))
+    case = next(case for case in LAYERS if case.dtype == torch.bfloat16)
     with pytest.raises(AssertionError, match="outside the acceptance rule"):
-        expected.accept(run_layer(layer, z, dy))
+        assert_accepted(case.build(device).judge("triton"))

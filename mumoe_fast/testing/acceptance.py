@@ -98,12 +98,12 @@ def judge_all(
     eager: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
     magnitude: Mapping[str, Tensor],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
 ) -> list[Verdict]:
     """Judge every named tensor; the kernel must return exactly the tensors that the truth has."""
     if kernel.keys() != truth.keys():
         raise AssertionError(f"expected results {sorted(truth)}, got {sorted(kernel)}")
-    return [judge(name, kernel[name], eager[name], truth[name], magnitude[name], dtype) for name in truth]
+    return [judge(name, kernel[name], eager[name], truth[name], magnitude[name], dtypes[name]) for name in truth]
 
 
 def assert_accepted(verdicts: Iterable[Verdict]) -> None:

@@ -59,18 +59,19 @@ def cp_problem(
     N: tuple[int, ...],
     R: int,
     *,
+    share: float = 0.25,
     bias: bool = True,
     activation: str = "none",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> CPProblem:
-    """Random inputs: coefficients as a gate gives them, three in four exactly zero and the rows summing to 1."""
+    """Random inputs: coefficients as a gate gives them, about `share` of them nonzero and the rows summing to 1."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape).to(device, dtype)
 
     def coefficients(n: int) -> Tensor:
-        sparse = torch.rand(T, n) * (torch.rand(T, n) < 0.25)
+        sparse = torch.rand(T, n) * (torch.rand(T, n) < share)
         return (sparse / sparse.sum(-1, keepdim=True).clamp(min=1e-3)).to(device, dtype)
 
     return CPProblem(

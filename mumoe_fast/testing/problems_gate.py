@@ -7,31 +7,48 @@ it moves g itself by its slope, so that dx = g ⊙ (da − Σ g·da / Σ g) move
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mumoe_fast import reference
-from mumoe_fast.testing.acceptance import EXACT, Rounding, assert_accepted, judge_all
+from mumoe_fast.testing.acceptance import EXACT, Rounding, Verdict, assert_accepted, judge_all
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The results and gradients of one case by name, three times, and the dtype in which they are judged."""
+    """The results and gradients of one case by name, three times, and the dtype in which they are judged.
+
+    `kept` has the dtypes of those that a kernel keeps in another.
+    """
 
     truth: Tensors
     eager: Tensors
     magnitude: Tensors
     dtype: torch.dtype
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def only(self, names: Collection[str]) -> Expected:
+        """The part of it that has these names."""
+
+        def named(answer: Tensors) -> Tensors:
+            return {name: x for name, x in answer.items() if name in names}
+
+        return replace(self, truth=named(self.truth), eager=named(self.eager), magnitude=named(self.magnitude))
+
+    def verdicts(self, kernel: Mapping[str, Tensor]) -> list[Verdict]:
+        """The acceptance rule applied to everything the kernel returned."""
+        dtypes = {name: self.kept.get(name, self.dtype) for name in self.truth}
+        return judge_all(kernel, self.eager, self.truth, self.magnitude, dtypes)
 
     def accept(self, kernel: Mapping[str, Tensor]) -> None:
         """Raise AssertionError unless everything the kernel returned is within the acceptance rule."""
-        assert_accepted(judge_all(kernel, self.eager, self.truth, self.magnitude, self.dtype))
+        assert_accepted(self.verdicts(kernel))
 
 
 def gradient_rounding(dtype: torch.dtype) -> Rounding:
@@ -86,6 +103,54 @@ def entmax_problem(x: Tensor, da: Tensor, alpha: float) -> Expected:
     size = _argument_size(x.double(), truth["a"], alpha)
     t_a, t_dx = _entmax_magnitudes(size, truth["a"], da.double(), alpha)
     return Expected(truth, eager, {"a": t_a, "dx": t_dx}, x.dtype)
+
+
+def entmax_rows(kind: str, T: int, N: int) -> Tensor:
+    """Random arguments (T, N) of entmax, or rows that are difficult in one way or another."""
+    x = torch.randn(T, N)
+    return {
+        "normal": lambda: 2 * x,
+        "flat": lambda: torch.full_like(x, 0.7),
+        "ties": x.round,
+        "huge": lambda: 1e4 * x,
+        "far-from-zero": lambda: 1e4 * x + 5e3,
+        "tiny": lambda: 1e-6 * x,
+        "dense": lambda: 1e-2 * x,
+        "peaked": lambda: 30 * x,
+        "heavy-tails": lambda: (x / torch.randn(T, N)).clamp(-1e4, 1e4),
+        "near-two-point": lambda: torch.where(torch.arange(N) < 2, 1e-3 * x, x - 50),
+    }[kind]()
+
+
+def learned_entmax_problem(x: Tensor, da: Tensor, alpha: Tensor) -> Expected:
+    """``a``, ``dx`` and, in float32 whatever x's dtype, ``dalpha`` of α-entmax for a scalar tensor α in (1, 2).
+
+    Truth of dα is autograd's through the reference, eager Correia et al.'s formula on coefficients in x's dtype.
+    """
+    leaf = alpha.detach().double().requires_grad_()
+    with torch.enable_grad():
+        exact = reference.entmax(x.double(), leaf)
+        (truth,) = torch.autograd.grad(exact, leaf, da.double())
+    eager, _ = _alpha_gradient(exact.detach().to(x.dtype).double(), da.double(), leaf.item())
+    _, magnitude = _alpha_gradient(exact.detach(), da.double(), leaf.item())
+    others = entmax_problem(x, da, leaf.item())
+    return Expected(
+        others.truth | {"dalpha": truth},
+        others.eager | {"dalpha": eager},
+        others.magnitude | {"dalpha": magnitude},
+        x.dtype,
+        kept={"dalpha": torch.float32},
+    )
+
+
+def _alpha_gradient(a: Tensor, da: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """dα from coefficients in float64, and the same sum on absolute values."""
+    beta = alpha - 1
+    g = torch.where(a > 0, a.clamp(min=1e-300) ** (1 - beta), 0)
+    share, entropy = g / g.sum(-1, keepdim=True), -torch.xlogy(a, a)
+    total = entropy.sum(-1, keepdim=True)
+    slope = (a - share) / beta**2 + (entropy - share * total) / beta
+    return (da * slope).sum(), (da.abs() * ((a + share) / beta**2 + (entropy + share * total) / beta)).sum()
 
 
 def gate_problem(

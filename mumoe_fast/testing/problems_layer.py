@@ -76,8 +76,8 @@ class LayerCase:
     out_features: int = 18
 
     def __str__(self) -> str:
-        levels, dtype = "x".join(map(str, self.levels)), str(self.dtype).removeprefix("torch.")
-        return f"{self.factorization}-N{levels}-{dtype}-{'bias' if self.bias else 'nobias'}-{self.norm}-a{self.alpha}"
+        levels, bias = "x".join(map(str, self.levels)), "bias" if self.bias else "nobias"
+        return f"{self.factorization}-T{self.tokens}-N{levels}-{bias}-{self.norm}-alpha{self.alpha:g}"
 
     def build(self, impl: str, device: torch.device) -> MuMoE:
         """The layer with a gate that has learned something."""
@@ -112,18 +112,11 @@ def layer_cases() -> Iterator[LayerCase]:
             next(options)
 
 
-def run_layer(layer: MuMoE, z: Tensor, dy: Tensor) -> Tensors:
-    """y and the gradients of z and of every parameter, as the layer computes them."""
-    z = z.detach().requires_grad_()
-    y = layer(z)
-    parameters = dict(layer.named_parameters())
-    gradients = torch.autograd.grad(y, [z, *parameters.values()], dy)
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(["z", *parameters], gradients, strict=True)}
+def layer_expected(case: LayerCase, parameters: Parameters, z: Tensor, dy: Tensor) -> Expected:
+    """What y and the gradients of z and of every parameter must be, by the acceptance rule.
 
-
-def layer_expected(case: LayerCase, layer: MuMoE, z: Tensor, dy: Tensor) -> Expected:
-    """What `run_layer` must give: the reference in float64, and in float32 with coefficients and results rounded."""
-    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    Truth is the reference in float64; eager the reference in float32 with coefficients and results rounded.
+    """
     eager = _solve(case, parameters, z, dy, torch.float32, Rounding(case.dtype))
     truth = _solve(case, parameters, z, dy, torch.float64, EXACT)
     return Expected(truth, eager, _magnitudes(case, parameters, z, dy), case.dtype)
@@ -151,23 +144,33 @@ def _solve(
 
 
 def _magnitudes(case: LayerCase, parameters: Parameters, z: Tensor, dy: Tensor) -> Tensors:
-    """t̄: the experts' contraction on absolute values and on what the gate's own t̄ makes of a, then back through it."""
+    """t̄: the experts' contraction on absolute values, how it moves with the gates' coefficients, and back through them.
+
+    The coefficients of every level move by the gate's own t̄ in units of 2⁻²⁴, all at once: what comes of that to first
+    order is a sum over the levels. The contraction on t̄ itself would be its product, which allows anything.
+    """
     exact = {name: x.detach().double() for name, x in {"z": z, **parameters}.items()}
     weights, _ = _split(exact)
-
-    def gate_of(weight: Tensor, da: Tensor | None) -> Tensors:
-        s = F.linear(exact["z"], weight)
-        a = reference.entmax(normalise(s, case.norm, 1e-5), case.alpha)
-        da = torch.zeros_like(a) if da is None else da
-        return gate_magnitudes({"z": exact["z"], "weight": weight}, a, da, case.norm, case.alpha, 1e-5)
-
     leaves = {name: x.abs().requires_grad_() for name, x in exact.items() if not name.startswith("gate.")}
-    a = [gate_of(weight, None)["a"].requires_grad_() for weight in weights]
-    y = FACTORIZATIONS[case.factorization].experts(leaves["z"], a, _split(leaves)[1])
-    (*gradients,) = torch.autograd.grad(y, [*leaves.values(), *a], dy.detach().double().abs())
-    magnitude = {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=False)}
-    for e, (weight, da) in enumerate(zip(weights, gradients[len(leaves) :], strict=True)):
-        back = gate_of(weight, da)
+    a = [reference.entmax(normalise(F.linear(exact["z"], weight), case.norm, 1e-5), case.alpha) for weight in weights]
+
+    def gate_of(e: int, da: Tensor) -> Tensors:
+        inputs = {"z": exact["z"], "weight": weights[e]}
+        return gate_magnitudes(inputs, a[e], da, case.norm, case.alpha, 1e-5)
+
+    def contraction(coefficients: list[Tensor]) -> list[Tensor]:
+        coefficients = [x.detach().requires_grad_() for x in coefficients]
+        y = FACTORIZATIONS[case.factorization].experts(leaves["z"], coefficients, _split(leaves)[1])
+        gradients = torch.autograd.grad(y, [*leaves.values(), *coefficients], dy.detach().double().abs())
+        return [y.detach(), *gradients]
+
+    unit = 2.0**-24
+    moved = contraction([x + unit * (gate_of(e, torch.zeros_like(x))["a"] - x) for e, x in enumerate(a)])
+    sizes = [size + (further - size) / unit for size, further in zip(contraction(a), moved, strict=True)]
+    names = ["y", *(f"d{name}" for name in leaves), *(f"da_{e}" for e in range(len(a)))]
+    magnitude = dict(zip(names, sizes, strict=True))
+    for e in range(len(a)):
+        back = gate_of(e, magnitude.pop(f"da_{e}"))
         magnitude["dz"] = magnitude["dz"] + back["dz"]
         magnitude[f"dgate.weights.{e}"] = back["dweight"]
     return magnitude
