@@ -6,18 +6,16 @@ rule says (`testing.acceptance`; eager is the reference in the same dtype). Of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_fast.bench.cpu.workloads import FORWARD, MEMORY, OURS, Factory, Goal, Workload
-from mumoe_fast.bench.measure import interleaved_seconds, peak_bytes
+from mumoe_fast.bench.measure import in_fresh_process, interleaved_seconds, peak_bytes, quantile
 from mumoe_fast.testing.acceptance import Verdict, judge
 
 TOKEN_GROUPS = 32
@@ -32,7 +30,7 @@ class Measurement:
 
     def quantile(self, q: float) -> float:
         """A quantile of the values, between neighbours linearly."""
-        return _quantile(self.values, q)
+        return quantile(self.values, q)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def compare(goal: Goal, ours: Measurement, theirs: Measurement) -> Comparison:
     """Hold two sides that took turns against a goal."""
     ratios = [goal.ratio(a, b) for a, b in zip(ours.values, theirs.values, strict=True)]
     ratio = goal.ratio(median(ours.values), median(theirs.values))
-    return Comparison(goal, ratio, _quantile(ratios, 0.25), _quantile(ratios, 0.75))
+    return Comparison(goal, ratio, quantile(ratios, 0.25), quantile(ratios, 0.75))
 
 
 def measure(
@@ -212,8 +210,7 @@ def _take_turns(
 
 def _peak_apart(workload: Workload, side: Factory, gemm: str | None) -> float:
     """The peak of a training step in a process that has done nothing else."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(peak_of_step, replace(workload, gemm=gemm), side, torch.get_num_threads()).result()
+    return in_fresh_process(peak_of_step, replace(workload, gemm=gemm), side, torch.get_num_threads())
 
 
 def peak_of_step(workload: Workload, side: Factory, threads: int) -> float:
@@ -246,7 +243,3 @@ def native_gemm(name: str | None) -> Iterator[None]:
         yield
     finally:
         torch.ops.mumoe_native.set_gemm(before)
-
-
-def _quantile(values: Sequence[float], q: float) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
