@@ -1,0 +1,233 @@
+"""Who takes part, as data: ours by every implementation, the reference, the dense layer, dense and sparse MoE.
+
+An implementation is a way to build a module for a workload, a second way to compute the same from the same parameters
+(its twin, by which `check` judges it), a formula for its FLOPs, and reasons why it may have to stay away.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from mumoe_fast import rank
+from mumoe_fast.bench.demo_checkpoint import restore_gate
+from mumoe_fast.bench.suite.baselines.dense_mlp import DenseMLP, DenseMLPTwin
+from mumoe_fast.bench.suite.baselines.dense_moe import DenseMoE, DenseMoETwin
+from mumoe_fast.bench.suite.baselines.naive import NaiveMuMoE, NaiveMuMoEMLP
+from mumoe_fast.bench.suite.workloads import WORKLOADS, Workload
+from mumoe_fast.layers import MuMoE, MuMoEMLP
+from mumoe_fast.ops import dispatch
+
+DENSE = "dense"
+KINDS = ("ours", "reference", "dense", "dense MoE", "sparse MoE")
+LABELS = {"cp": "CP", "tr": "TR", "tt": "TT", "tucker": "Tucker", "full": "full"}
+FAMILIES = {"cp": "cp", "tr": "tensor_ring", "tt": "tensor_ring", "tucker": "tucker", "full": "full"}  # of operators
+
+MEMORY_SHARE = 1 / 16  # of the device's memory: the check in float64, with gradients, takes several times as much
+MULTIPLY_ADDS_ON_A_CPU = 250e9  # of one forward pass, which takes about a second
+Obstacle = Callable[[Workload, torch.dtype, torch.device], str | None]
+
+
+def _no_hindrance(workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
+    return None
+
+
+def _no_scratch(workload: Workload) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One side of the comparison.
+
+    Attributes:
+        name: unique.
+        kind: one of `KINDS`.
+        make: the module for a workload, float32 on the CPU.
+        twin: another module with the same state_dict and results, computed differently.
+        flops: of a forward pass on the workload's tokens by formula, a multiply-add counted as 1.
+        factorization: of ours, of the reference and of the naive forward.
+        hindrance: why it cannot run, beyond what it costs.
+        scratch: elements that a forward pass forms beside parameters, input and output, where they are many.
+        compiled: by torch.compile.
+    """
+
+    name: str
+    kind: str
+    make: Callable[[Workload], nn.Module]
+    twin: Callable[[Workload], nn.Module]
+    flops: Callable[[Workload], int]
+    factorization: str | None = None
+    hindrance: Obstacle = _no_hindrance
+    scratch: Callable[[Workload], int] = _no_scratch
+    compiled: bool = False
+
+    @property
+    def reference(self) -> str | None:
+        """Name of the eager reference of its factorisation, which it is meant to beat."""
+        return None if self.factorization is None else f"{LABELS[self.factorization]} reference"
+
+    def applies(self, workload: Workload) -> bool:
+        """Whether the workload asks for it at all."""
+        return self.factorization is None or self.factorization in dict(workload.ranks)
+
+    def obstacle(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it is left out on this workload; None if it can run."""
+        return workload.obstacle() or self.hindrance(workload, dtype, device) or self._too_costly(workload, device)
+
+    def _too_costly(self, workload: Workload, device: torch.device) -> str | None:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in self.make(workload).parameters())
+        needed, free = 4 * (parameters + self.scratch(workload)), MEMORY_SHARE * memory(device)
+        if needed > free:
+            return (
+                f"it needs {needed / 1e9:.1f} GB in float32, more than {free / 1e9:.1f} GB, a sixteenth of the memory"
+            )
+        if device.type == "cpu" and (cost := self.flops(workload)) > MULTIPLY_ADDS_ON_A_CPU:
+            return f"a forward pass takes {cost / 1e9:,.0f} billion multiply-adds, too many for a CPU"
+        return None
+
+    def build(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The module; one seed, so that all implementations of a factorisation have the same parameters."""
+        torch.manual_seed(0)
+        module = self.make(workload)
+        if isinstance(module, MuMoE | MuMoEMLP):
+            _train_gate(module, workload)
+        module = module.to(device, dtype)
+        if self.compiled:
+            module.compile()  # in place: the parameters keep their names
+        return module
+
+
+def memory(device: torch.device) -> int:
+    """All bytes of the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _train_gate(module: MuMoE | MuMoEMLP, workload: Workload) -> None:
+    """A gate as training leaves it, of sparse coefficients; a new one has weights of zero."""
+    recorded = workload.recorded()
+    if recorded is not None:
+        restore_gate(module.gate, recorded)
+        return
+    for weight in module.gate.weights:
+        nn.init.normal_(weight, std=workload.features[0] ** -0.5)
+
+
+def _mumoe(workload: Workload, factorization: str, impl: str, naive: bool = False) -> nn.Module:
+    rank_of_ours = dict(workload.ranks)[factorization]
+    if len(workload.features) == 2:
+        layer = NaiveMuMoE if naive else MuMoE
+        return layer(
+            *workload.features,
+            num_experts=workload.num_experts,
+            factorization=factorization,
+            rank=rank_of_ours,
+            norm=workload.norm,
+            impl=impl,
+        )
+    block = NaiveMuMoEMLP if naive else MuMoEMLP
+    return block(
+        *workload.features,
+        num_experts=workload.num_experts,
+        activation=workload.activation,
+        factorization=factorization,
+        rank=rank_of_ours,
+        norm=workload.norm,
+        impl=impl,
+    )
+
+
+def _mumoe_flops(workload: Workload, factorization: str) -> int:
+    return workload.tokens * workload.shape(factorization).flops
+
+
+def _dense(workload: Workload) -> nn.Module:
+    return DenseMLP(workload.features, workload.activation)
+
+
+def _dense_twin(workload: Workload) -> nn.Module:
+    return DenseMLPTwin(workload.features, workload.activation)
+
+
+def _dense_flops(workload: Workload) -> int:
+    return workload.tokens * rank.dense_flops(workload.features)
+
+
+def _dense_moe(workload: Workload) -> nn.Module:
+    return DenseMoE(workload.features, workload.total_experts, workload.activation)
+
+
+def _dense_moe_twin(workload: Workload) -> nn.Module:
+    return DenseMoETwin(workload.features, workload.total_experts, workload.activation)
+
+
+def _dense_moe_flops(workload: Workload) -> int:
+    N = workload.total_experts
+    return workload.tokens * (rank.sparse_moe_flops(workload.features, N, N) + N * workload.features[-1])
+
+
+def _dense_moe_scratch(workload: Workload) -> int:
+    """The weighted inputs of all experts, and what they are before."""
+    return 2 * workload.tokens * workload.total_experts * workload.features[-2]
+
+
+def _kernel_hindrance(
+    workload: Workload, dtype: torch.dtype, device: torch.device, factorization: str, impl: str
+) -> str | None:
+    if impl == "triton" and device.type == "cpu":
+        return "Triton compiles for GPUs; its interpreter is for tests and no speed"
+    gate = "batch_norm" if workload.norm == "batch" else "gate"
+    operators = (gate, FAMILIES[factorization])
+    return next((why for operator in operators if (why := dispatch.obstacle(impl, device, dtype, operator))), None)
+
+
+def _of_factorization(factorization: str) -> Iterator[Implementation]:
+    label, reference = LABELS[factorization], partial(_mumoe, factorization=factorization, impl="reference")
+    flops = partial(_mumoe_flops, factorization=factorization)
+    for impl in ("triton", "native"):
+        make = partial(_mumoe, factorization=factorization, impl=impl)
+        hindrance = partial(_kernel_hindrance, factorization=factorization, impl=impl)
+        yield Implementation(f"{label} {impl}", "ours", make, reference, flops, factorization, hindrance)
+    yield Implementation(f"{label} reference", "reference", reference, reference, flops, factorization)
+    name = f"{label} reference, torch.compile"
+    yield Implementation(name, "reference", reference, reference, flops, factorization, compiled=True)
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    *(implementation for factorization in LABELS for implementation in _of_factorization(factorization)),
+    Implementation(DENSE, "dense", _dense, _dense_twin, _dense_flops),
+    Implementation("dense MoE", "dense MoE", _dense_moe, _dense_moe_twin, _dense_moe_flops, scratch=_dense_moe_scratch),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the suite: what is checked and measured."""
+
+    workload: Workload
+    implementation: Implementation
+    dtype: torch.dtype
+    direction: str
+
+
+def cases(suite: str) -> Iterator[Case]:
+    """Everything that a suite asks for, whether or not it can run here, workload by workload."""
+    for workload in WORKLOADS:
+        selection = workload.selection(suite)
+        if selection is None:
+            continue
+        for dtype in selection.dtypes:
+            for direction in selection.directions:
+                for implementation in IMPLEMENTATIONS:
+                    if implementation.applies(workload) and selection.includes(
+                        implementation.factorization, implementation.compiled
+                    ):
+                        yield Case(workload, implementation, dtype, direction)
