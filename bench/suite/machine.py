@@ -84,7 +84,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:
 
 
 def _products(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
-    """a bᵀ by everything that PyTorch has for it: on a CPU, oneDNN can be twice as fast as the BLAS behind `torch.mm`."""
+    """a bᵀ by all that PyTorch has for it: on a CPU, oneDNN can be twice as fast as the BLAS behind `torch.mm`."""
     products: list[Callable[[], object]] = [partial(torch.mm, a, b.t())]
     if a.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         products.append(partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], ""))
