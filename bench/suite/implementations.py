@@ -55,6 +55,7 @@ class Implementation:
         hindrance: why it cannot run, beyond what it costs.
         scratch: elements that a forward pass forms beside parameters, input and output, where they are many.
         compiled: by torch.compile.
+        impl: of ours, the library's name for it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Implementation:
     hindrance: Obstacle = _no_hindrance
     scratch: Callable[[Workload], int] = _no_scratch
     compiled: bool = False
+    impl: str | None = None
 
     @property
     def reference(self) -> str | None:
@@ -195,7 +197,7 @@ def _of_factorization(factorization: str) -> Iterator[Implementation]:
     for impl in ("triton", "native"):
         make = partial(_mumoe, factorization=factorization, impl=impl)
         hindrance = partial(_kernel_hindrance, factorization=factorization, impl=impl)
-        yield Implementation(f"{label} {impl}", "ours", make, reference, flops, factorization, hindrance)
+        yield Implementation(f"{label} {impl}", "ours", make, reference, flops, factorization, hindrance, impl=impl)
     yield Implementation(f"{label} reference", "reference", reference, reference, flops, factorization)
     name = f"{label} reference, torch.compile"
     yield Implementation(name, "reference", reference, reference, flops, factorization, compiled=True)
