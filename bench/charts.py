@@ -31,7 +31,7 @@ MISSING = "Charts need matplotlib: pip install 'mumoe-fast[bench]'."
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: "line", "faint" and thin, "dashed", "dots" joined by a line, or "points" that nothing joins.
+    """One curve: how its points are joined and, by a number of `MARKERS`, marked.
 
     `spread` is the interval around each point's value: along y, or along x where the y axis has categories.
     """
@@ -39,7 +39,8 @@ class Series:
     name: str
     points: Sequence[tuple[float, float]]
     colour: int
-    kind: Literal["line", "faint", "dashed", "dots", "points"] = "line"
+    line: Literal["solid", "faint", "dashed", "dotted", "none"] = "solid"
+    marker: int | None = None
     spread: Sequence[tuple[float, float]] = ()
 
 
@@ -63,13 +64,16 @@ class Axis:
         return quantity(value, self.unit) if self.unit else f"{value:,.5g}" if value % 1 else f"{value:,.0f}"
 
 
-def line_chart(series: Sequence[Series], *, title: str, x: Axis, y: Axis) -> Markup:
-    """Curves over a grid, with a legend above; where there is nothing to draw or to draw with, a line that says so."""
+def line_chart(series: Sequence[Series], *, title: str, x: Axis, y: Axis, width: int = WIDTH) -> Markup:
+    """Curves over a grid, with a legend above; where there is nothing to draw or to draw with, a line that says so.
+
+    `width` is in units of which text is 12 high: halve it for two charts side by side.
+    """
     if not any(one.points for one in series):
         return paragraph("Nothing was recorded.", "note")
     if find_spec("matplotlib") is None:
         return paragraph(MISSING, "warning")
-    return _inline(_draw(series, x, y), series, title, x, y)
+    return _inline(_draw(series, x, y, width), series, title, x, y)
 
 
 # Drawing
@@ -102,22 +106,23 @@ _STYLE: dict[Any, Any] = {  # matplotlib spells out every key's type
 }
 
 
-def _draw(series: Sequence[Series], x: Axis, y: Axis) -> str:
+def _draw(series: Sequence[Series], x: Axis, y: Axis, width: int) -> str:
     """The chart as matplotlib writes it."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    columns = max(1, min(len(series), WIDTH // (58 + 8 * max(len(one.name) for one in series))))
+    columns = max(1, min(len(series), width // (58 + 8 * max(len(one.name) for one in series))))
     legend = 20 * math.ceil(len(series) / columns)
     height = legend + (70 + ROW_HEIGHT * len(y.categories) if y.categories else HEIGHT)
     with rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         axes = figure.add_subplot()
         _set_axis(axes, "x", x, [p[0] for one in series for p in one.points])
         _set_axis(axes, "y", y, [p[1] for one in series for p in one.points])
         for place, one in enumerate(series):
             _plot(axes, place, one, sideways=bool(y.categories))
-        figure.legend(loc="outside upper left", ncols=columns, handlelength=2.2)
+        if len(series) > 1 or not y.categories:
+            figure.legend(loc="outside upper left", ncols=columns, handlelength=2.2)
         return _svg(figure)
 
 
@@ -144,17 +149,17 @@ def _set_axis(axes: Axes, name: Literal["x", "y"], axis: Axis, values: Sequence[
 def _plot(axes: Axes, place: int, one: Series, sideways: bool) -> None:
     """One series; its group in the SVG is called after its place."""
     colour = _SERIES[one.colour % len(_SERIES)]
-    marked = one.kind in ("dots", "points")
+    faint = one.line == "faint"
     axes.plot(
         [x for x, _ in one.points],
         [y for _, y in one.points],
         label=one.name,
         gid=f"series{place}",
         color=colour,
-        linewidth=1.2 if one.kind == "faint" else 1.8,
-        alpha=0.5 if one.kind == "faint" else None,
-        linestyle={"dashed": (0, (5, 4)), "points": "none"}.get(one.kind, "-"),
-        marker=MARKERS[one.colour % len(MARKERS)] if marked else None,
+        linewidth=1.2 if faint else 1.8,
+        alpha=0.5 if faint else None,
+        linestyle="solid" if faint else one.line,
+        marker=None if one.marker is None else MARKERS[one.marker % len(MARKERS)],
         markersize=8,
         markeredgecolor=_CARD,
         markeredgewidth=1.2,

@@ -163,7 +163,7 @@ def loss_curves(demo: Demo) -> list[Series]:
         train = [(float(record.step), value) for record, value in zip(records, smooth, strict=True)]
         points = [(float(record.step), record.held_out) for record in records if record.held_out is not None]
         curves.append(Series(f"{name}, training", train, colour, "faint"))
-        curves.append(Series(f"{name}, held out", points, colour, "dots"))
+        curves.append(Series(f"{name}, held out", points, colour, marker=0))
     return curves
 
 

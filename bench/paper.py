@@ -82,7 +82,7 @@ def page(found: list[PaperTable]) -> str:
         *(
             html.section(
                 f"{one.name}. {one.caption}",
-                html.card(html.table(HEADERS, [cells(entry) for entry in one.entries])),
+                html.card(html.table(HEADERS, [cells(entry) for entry in one.entries], names=2)),
                 *(html.paragraph(note, "warning") for note in notes(one)),
                 *(html.paragraph(remark, "note") for remark in one.remarks),
             )
@@ -108,7 +108,7 @@ def figure_8() -> list[Series]:
     experts = [2**power for power in range(1, 15)]
     curves = {"dense/sparse MoE": "full", "CPμMoE": "cp", "TRμMoE": "tr"}
     series = [
-        Series(name, [(N, layer(factorization, N)) for N in experts], colour, "dots")
+        Series(name, [(N, layer(factorization, N)) for N in experts], colour, marker=colour)
         for colour, (name, factorization) in enumerate(curves.items())
     ]
     linear = rank.dense_parameters(CHANNEL, bias=False)
@@ -126,7 +126,7 @@ def figure_8_remark() -> str:
     return (
         "Figure 8: the first layer of Mixer S/16's channel-mixing block, 512 → 2048, without gate and bias, at the "
         f"ranks of Table 4 (CP {CHANNEL_RANK['cp'][0]}, TR {CHANNEL_RANK['tr']}; the paper names R₁ = R₂ = 4 alone). "
-        f"TR has fewer parameters than CP from N = {crossing} on; the paper suggests it from about 128. At N = 16,384 a "
-        f"dense MoE has {layer('full', 16_384) / layer('cp', 16_384):,.0f} times CP's parameters and "
+        f"TR has fewer parameters than CP from N = {crossing} on; the paper suggests it from about 128. At N = 16,384 "
+        f"a dense MoE has {layer('full', 16_384) / layer('cp', 16_384):,.0f} times CP's parameters and "
         f"{layer('full', 16_384) / layer('tr', 16_384):,.0f} times TR's."
     )

@@ -42,7 +42,10 @@ p { margin: .5rem 0; } .lead, .note { color: var(--soft); } .note { font-size: .
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th { color: var(--soft); font-weight: 600; font-size: .82rem; vertical-align: bottom; }
 th, td { padding: .45rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } tr:last-child td { border-bottom: 0; }
+.name { text-align: left; } th:first-child, td:first-child { padding-left: 0; } tr:last-child td { border-bottom: 0; }
+td { white-space: nowrap; } td.name { white-space: normal; } th[colspan] { padding-top: 1rem; color: var(--ink); }
+summary { cursor: pointer; color: var(--soft); } .pair { display: grid; gap: 1.2rem;
+  grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; font-size: .93rem; }
 dt { color: var(--soft); } dd { margin: 0; }
 pre { margin: .35rem 0; font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
@@ -87,16 +90,32 @@ def card(*parts: Markup) -> Markup:
     return Markup(f'<div class="card">{join(*parts)}</div>')
 
 
+def pair(*parts: Markup) -> Markup:
+    """Parts side by side where the page is wide enough."""
+    return Markup(f'<div class="pair">{join(*(Markup(f"<div>{part}</div>") for part in parts))}</div>')
+
+
+def folded(summary: str, *parts: Markup) -> Markup:
+    """Parts that are hidden until their summary is clicked."""
+    return Markup(f"<details><summary>{escape(summary)}</summary>{join(*parts)}</details>")
+
+
 def section(title: str, *parts: Markup) -> Markup:
     """A titled part of the page."""
     return Markup(f"<section><h2>{escape(title)}</h2>\n{join(*parts)}</section>")
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """A table: the first column is names, the others are numbers."""
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return Markup(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>")
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> Markup:
+    """A table: `names` columns of names, then numbers. A row of one cell is a heading of those below it."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        if len(cells) == 1 < len(headers):
+            return f'<tr><th class="name" colspan="{len(headers)}">{escape(cells[0])}</th></tr>'
+        kinds = [' class="name"' if place < names else "" for place in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{k}>{escape(cell)}</{tag}>" for k, cell in zip(kinds, cells)) + "</tr>"
+
+    head, body = row(headers, "th"), "\n".join(row(cells, "td") for cells in rows)
+    return Markup(f"<table><thead>{head}</thead>\n<tbody>{body}</tbody></table>")
 
 
 def definitions(pairs: Sequence[tuple[str, str]]) -> Markup:

@@ -52,13 +52,13 @@ def test_log_axes_of_any_range_have_ticks_to_read_them_by(high: float) -> None:
 
 
 def test_every_mark_tells_its_values() -> None:
-    drawn = draw(Series("one", [(0, 3.5), (10, 1.25)], 0, "dots"), Series("two", [(2048, 0.5)], 1, "points"))
+    drawn = draw(Series("one", [(0, 3.5), (10, 1.25)], 0, marker=0), Series("two", [(2048, 0.5)], 1, "none", 1))
     assert [title.text for title in drawn.iter("title")] == ["one: 3.5 at 0", "one: 1.25 at 10", "two: 0.5 at 2,048"]
 
 
 def test_categories_are_read_from_the_top() -> None:
     rows = ["GPT-2 block", "a layer"]
-    series = Series("linear", [(2e-3, 0), (1e-3, 1)], 0, "points", [(1.5e-3, 4e-3), (9e-4, 1.1e-3)])
+    series = Series("linear", [(2e-3, 0), (1e-3, 1)], 0, "none", 0, [(1.5e-3, 4e-3), (9e-4, 1.1e-3)])
     drawn = draw(series, x=Axis("latency", "s", "log"), y=Axis("", categories=rows))
     first, second = (mark for mark in drawn.iter("use") if mark.find("title") is not None)
     assert float(first.attrib["y"]) < float(second.attrib["y"])
@@ -73,7 +73,8 @@ def test_categories_are_read_from_the_top() -> None:
 def test_colours_are_the_pages() -> None:
     """Nothing that matplotlib was given, and nothing of its own, is left: the page has a light and a dark set."""
     drawn = ElementTree.tostring(
-        draw(*(Series(f"s{i}", [(0, i), (1, i + 1)], i, "dots") for i in range(SERIES_COLOURS + 1))), encoding="unicode"
+        draw(*(Series(f"s{i}", [(0, i), (1, i + 1)], i, marker=i) for i in range(SERIES_COLOURS + 1))),
+        encoding="unicode",
     )
     assert not re.search(r"#[0-9a-f]{6}\b", drawn)
     assert not re.search(r"font-family|\bblack\b|\bwhite\b", drawn)
@@ -86,7 +87,7 @@ def test_colours_are_the_pages() -> None:
 @pytest.mark.parametrize("points", [[], [(1.0, 2.0)], [(1.0, 2.0), (2.0, 2.0)]], ids=["none", "one", "flat"])
 @pytest.mark.parametrize("scale", ["linear", "log"])
 def test_charts_of_little_data_are_still_drawn(points: list[tuple[float, float]], scale: str) -> None:
-    drawn = line_chart([Series("short", points, 0, "dots")], title="", x=Axis("x"), y=Axis("y", "s", scale))  # type: ignore[arg-type]
+    drawn = line_chart([Series("short", points, 0, marker=0)], title="", x=Axis("x"), y=Axis("y", "s", scale))  # type: ignore[arg-type]
     Page(drawn)
     assert drawn.count("<title>") == len(points)
     assert ("Nothing was recorded" in drawn) == (not points)
@@ -94,13 +95,13 @@ def test_charts_of_little_data_are_still_drawn(points: list[tuple[float, float]]
 
 
 def test_two_charts_of_one_page_share_no_id() -> None:
-    series = [Series("a", [(0, 1), (1, 2)], 0, "dots")]
+    series = [Series("a", [(0, 1), (1, 2)], 0, marker=0)]
     drawn = [line_chart(series, title=title, x=Axis("x"), y=Axis("y")) for title in ("one", "two")]
     assert_self_contained(page("A page", *drawn))
 
 
 def test_drawing_twice_gives_the_same_text() -> None:
-    series = [Series("a", [(0, 1), (1, 2)], 0, "dots", [(0.5, 1.5), (1, 3)])]
+    series = [Series("a", [(0, 1), (1, 2)], 0, "solid", 0, [(0.5, 1.5), (1, 3)])]
     first, second = (line_chart(series, title="a", x=Axis("x"), y=Axis("y")) for _ in range(2))
     assert first == second
 
