@@ -1,4 +1,4 @@
-"""The command line `mumoe`: what runs here, the demo, the CPU table and the static checks."""
+"""The command line `mumoe`: what runs here, the demo, the benchmark suite, the CPU table and the static checks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mumoe_fast._version import __version__
 from mumoe_fast.bench import demo as demonstration
 from mumoe_fast.bench.cpu import cpu
 from mumoe_fast.bench.static import static
+from mumoe_fast.bench.suite import bench
 from mumoe_fast.ops import dispatch
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command("static")(static)
 app.command("cpu")(cpu)
+app.add_typer(bench, name="bench")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

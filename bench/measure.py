@@ -25,8 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mumoe_fast._version import __version__
 
-P, Result = ParamSpec("P"), TypeVar("Result")
+P = ParamSpec("P")
+Result = TypeVar("Result")
 Clock = Callable[[Callable[[], object], int], float]  # (action, repeats) → seconds of one call
+
 
 def count_flops(forward: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products in `forward`, a multiply-add counted as 2, as torch counts.
@@ -50,7 +52,7 @@ def interleaved_seconds(
     actions: Mapping[str, Callable[[], object]],
     *,
     bursts: int,
-    repeats: int | Mapping[str, int],
+    repeats: int | Callable[[float], int],
     limit: float = math.inf,
     seed: int = 0,
     clock: Clock = wall_clock,
@@ -58,18 +60,19 @@ def interleaved_seconds(
     """Seconds per call of each action, one figure per burst of `repeats` calls.
 
     The actions take turns in an order drawn anew each time, so that a slow phase of the machine meets all of them; one
-    call of each goes ahead uncounted. Once `limit` seconds have passed, three bursts are enough.
+    call of each goes ahead uncounted, whose seconds a function `repeats` is given. Once `limit` seconds have passed,
+    three bursts are enough.
     """
     order, shuffle, started = list(actions), random.Random(seed), time.perf_counter()
-    for name in order:
-        clock(actions[name], 1)
+    ahead = {name: clock(actions[name], 1) for name in order}
+    calls = {name: repeats if isinstance(repeats, int) else repeats(ahead[name]) for name in order}
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for burst in range(bursts):
         if burst >= 3 and time.perf_counter() - started > limit:
             break
         shuffle.shuffle(order)
         for name in order:
-            seconds[name].append(clock(actions[name], repeats if isinstance(repeats, int) else repeats[name]))
+            seconds[name].append(clock(actions[name], calls[name]))
     return seconds
 
 

@@ -26,10 +26,13 @@ def latencies(
     actions: Mapping[str, Action], clock: Clock = wall_clock, *, seconds: float, seed: int = 0
 ) -> dict[str, Latency]:
     """The latency of every action, in turns that take about `seconds` in all unless three of each take longer."""
-    once = {name: min(clock(action, 1), clock(action, 1)) for name, action in actions.items()}
-    repeats = {name: min(MOST_REPEATS, max(1, math.ceil(BURST_SECONDS / one))) for name, one in once.items()}
-    taken = interleaved_seconds(actions, bursts=BURSTS, repeats=repeats, limit=seconds, seed=seed, clock=clock)
+    taken = interleaved_seconds(actions, bursts=BURSTS, repeats=_repeats, limit=seconds, seed=seed, clock=clock)
     return {name: summary(values) for name, values in taken.items()}
+
+
+def _repeats(once: float) -> int:
+    """Calls to a burst, of an action that takes so many seconds once."""
+    return min(MOST_REPEATS, max(1, math.ceil(BURST_SECONDS / once)))
 
 
 def summary(values: list[float]) -> Latency:
