@@ -4,8 +4,8 @@
     mumoe bench --suite full          # everything, for a GPU or a patient CPU
     mumoe bench compare OLD NEW       # what moved between two runs
 
-`workloads` and `implementations` say what is compared, as data; `check` refuses what is wrong, `run` measures, `records`
-is what it writes, and `table` and `html` show it.
+`workloads` and `implementations` say what is compared, as data; `check` refuses what is wrong, `run` measures,
+`records` is what it writes, and `table` and `html` show it.
 """
 
 from __future__ import annotations

@@ -144,12 +144,12 @@ class Contest:
     ) -> tuple[Record, nn.Module | None]:
         """The side's record so far, and its module if it may be timed."""
         record = self._record(side)
-        reason = side.obstacle(self.workload, self.dtype, self.device)
-        if reason is not None:
-            return replace(record, refused=reason), None
         if side.impl is not None and side.impl in distrusted:
             return replace(record, refused=distrusted[side.impl], wrong=True), None
         try:
+            reason = side.obstacle(self.workload, self.dtype, self.device)
+            if reason is not None:
+                return replace(record, refused=reason), None
             checked = check(self.workload, side, self.dtype, self.device, direction)
             if checked.problem is not None:
                 return replace(record, refused=checked.problem, wrong=_is_wrong(checked)), None
