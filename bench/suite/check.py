@@ -1,8 +1,8 @@
 """Whether an implementation computes what it should: nothing wrong is timed.
 
 Outputs and gradients are held against the implementation's twin in float64 on the same, identically quantised
-parameters and input, by the acceptance rule (`testing.acceptance`); eager is the twin in the implementation's dtype. The
-twin of ours is the reference; every baseline has one that computes its results in another way.
+parameters and input, by the acceptance rule (`testing.acceptance`); eager is the twin in the implementation's dtype.
+The twin of ours is the reference; every baseline has one that computes its results in another way.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mumoe_fast.bench.step import FORWARD, STEP, TOKEN_GROUPS, results, truth, upstream
+from mumoe_fast.bench.suite.baselines.sparse_moe import SparseMoE, SparseMoETwin
 from mumoe_fast.bench.suite.implementations import Implementation
 from mumoe_fast.bench.suite.workloads import Workload
 from mumoe_fast.testing.acceptance import Verdict, judge
@@ -42,13 +43,18 @@ def check(
     module = implementation.build(workload, dtype, device)
     eager, exact = (_twin(implementation, workload, module, kind) for kind in (dtype, torch.float64))
     x = workload.input(dtype, device)
+    if isinstance(module, SparseMoE) and isinstance(exact, SparseMoETwin) and isinstance(eager, SparseMoETwin):
+        eager.chosen = exact.chosen = module.route(x)[1]
+        if (misrouted := exact.misrouted(x.double())) is not None:
+            return Checked((), f"wrong: {misrouted}")
     dy = None if direction == FORWARD else upstream(exact, x.double()).to(dtype)
     try:
         found = results(module, x, dy)
     except (ImportError, RuntimeError) as error:
         return Checked((), f"cannot run: {str(error).splitlines()[0]}")
     by_eager = results(eager, x, dy)
-    groups = 1 if workload.norm == "batch" else TOKEN_GROUPS
+    ours = implementation.factorization is not None and workload.norm != "batch"
+    groups = TOKEN_GROUPS if ours else 1
     by_truth, magnitude = truth(exact, x.double(), None if dy is None else dy.double(), groups)
     verdicts = tuple(
         judge(name, found[name], by_eager[name], y, magnitude[name], dtype) for name, y in by_truth.items()
@@ -59,7 +65,8 @@ def check(
 
 def _twin(implementation: Implementation, workload: Workload, module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The second computation, from the module's parameters as they are quantised."""
-    twin = implementation.twin(workload)
-    twin.load_state_dict(module.state_dict())
-    device = next(module.parameters()).device
-    return twin.to(device, dtype)
+    with torch.device("meta"):  # nothing to initialise
+        twin = implementation.twin(workload)
+    parameters = {name: value.to(dtype, copy=True) for name, value in module.state_dict().items()}
+    twin.load_state_dict(parameters, assign=True)
+    return twin

@@ -10,8 +10,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mumoe_fast import rank
@@ -19,7 +22,17 @@ from mumoe_fast.bench.demo_checkpoint import restore_gate
 from mumoe_fast.bench.suite.baselines.dense_mlp import DenseMLP, DenseMLPTwin
 from mumoe_fast.bench.suite.baselines.dense_moe import DenseMoE, DenseMoETwin
 from mumoe_fast.bench.suite.baselines.naive import NaiveMuMoE, NaiveMuMoEMLP
-from mumoe_fast.bench.suite.workloads import WORKLOADS, Workload
+from mumoe_fast.bench.suite.baselines.sparse_moe import (
+    GatedSparseMoETwin,
+    GroupedSparseMoE,
+    LigerSparseMoE,
+    LoopSparseMoE,
+    SparseMoE,
+    SparseMoETwin,
+    expert_features,
+    top_k_of,
+)
+from mumoe_fast.bench.suite.workloads import COMPILED, MOE, NAIVE, WORKLOADS, Workload
 from mumoe_fast.layers import MuMoE, MuMoEMLP
 from mumoe_fast.ops import dispatch
 
@@ -54,7 +67,7 @@ class Implementation:
         factorization: of ours, of the reference and of the naive forward.
         hindrance: why it cannot run, beyond what it costs.
         scratch: elements that a forward pass forms beside parameters, input and output, where they are many.
-        compiled: by torch.compile.
+        extra: what it asks patience for (`Selection.extras`); torch.compile's sides are compiled by it.
         impl: of ours, the library's name for it.
     """
 
@@ -66,7 +79,7 @@ class Implementation:
     factorization: str | None = None
     hindrance: Obstacle = _no_hindrance
     scratch: Callable[[Workload], int] = _no_scratch
-    compiled: bool = False
+    extra: str | None = None
     impl: str | None = None
 
     @property
@@ -101,7 +114,7 @@ class Implementation:
         if isinstance(module, MuMoE | MuMoEMLP):
             _train_gate(module, workload)
         module = module.to(device, dtype)
-        if self.compiled:
+        if self.extra == COMPILED:
             module.compile()  # in place: the parameters keep their names
         return module
 
@@ -124,21 +137,18 @@ def _train_gate(module: MuMoE | MuMoEMLP, workload: Workload) -> None:
 
 
 def _mumoe(workload: Workload, factorization: str, impl: str, naive: bool = False) -> nn.Module:
-    rank_of_ours = dict(workload.ranks)[factorization]
+    rank_of_ours, N = dict(workload.ranks)[factorization], workload.num_experts
     if len(workload.features) == 2:
         layer = NaiveMuMoE if naive else MuMoE
-        return layer(
-            *workload.features,
-            num_experts=workload.num_experts,
-            factorization=factorization,
-            rank=rank_of_ours,
-            norm=workload.norm,
-            impl=impl,
-        )
+        I, O = workload.features
+        return layer(I, O, N, factorization=factorization, rank=rank_of_ours, norm=workload.norm, impl=impl)
     block = NaiveMuMoEMLP if naive else MuMoEMLP
+    I, H, O = workload.features
     return block(
-        *workload.features,
-        num_experts=workload.num_experts,
+        I,
+        H,
+        O,
+        N,
         activation=workload.activation,
         factorization=factorization,
         rank=rank_of_ours,
@@ -177,8 +187,79 @@ def _dense_moe_flops(workload: Workload) -> int:
 
 
 def _dense_moe_scratch(workload: Workload) -> int:
-    """The weighted inputs of all experts, and what they are before."""
-    return 2 * workload.tokens * workload.total_experts * workload.features[-2]
+    """The widest outputs of all experts, before and after the activation."""
+    return 2 * workload.tokens * workload.total_experts * max(workload.features[1:])
+
+
+def _sparse_moe(workload: Workload, kind: type[SparseMoE]) -> nn.Module:
+    return kind(workload.features, workload.total_experts, workload.activation)
+
+
+def _sparse_moe_flops(workload: Workload, kind: type[SparseMoE]) -> int:
+    N = workload.total_experts
+    K, sizes = top_k_of(workload.features, N), expert_features(workload.features, N, kind.gated)
+    ungated = rank.sparse_moe_flops(sizes, N, K)
+    return workload.tokens * (ungated + (K * sizes[0] * sizes[1] if kind.gated else 0))
+
+
+def _grouped_hindrance(workload: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
+    if not hasattr(F, "grouped_mm"):
+        return "this PyTorch has no torch.nn.functional.grouped_mm"
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        return f"grouped_mm takes bfloat16 on a GPU, not {dtype}"
+    sizes = expert_features(workload.features, workload.total_experts, gated=False)
+    odd = [size for size in sizes if size * dtype.itemsize % 16]
+    return f"grouped_mm takes rows of whole 16 bytes, and {odd[0]} × {dtype} is none" if odd else None
+
+
+def _liger_hindrance(workload: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
+    if find_spec("liger_kernel") is None:
+        return "the package liger-kernel is not installed"
+    if device.type != "cuda":
+        return f"liger-kernel computes on GPUs, not on {device.type}"
+    if len(workload.features) == 2 or workload.features[0] != workload.features[-1]:
+        return "its experts are SwiGLU MLPs with as many outputs as inputs"
+    return None
+
+
+def _sparse_moes() -> Iterator[Implementation]:
+    kinds: tuple[tuple[str, type[SparseMoE], Obstacle], ...] = (
+        ("grouped_mm", GroupedSparseMoE, _grouped_hindrance),
+        ("loop", LoopSparseMoE, _no_hindrance),
+        ("liger-kernel", LigerSparseMoE, _liger_hindrance),
+    )
+    for how, kind, hindrance in kinds:
+        yield Implementation(
+            f"sparse MoE, {how}",
+            "sparse MoE",
+            partial(_sparse_moe, kind=kind),
+            partial(_sparse_moe, kind=GatedSparseMoETwin if kind.gated else SparseMoETwin),
+            partial(_sparse_moe_flops, kind=kind),
+            hindrance=hindrance,
+            extra=MOE,
+        )
+
+
+def _naive_flops(workload: Workload, factorization: str) -> int:
+    """Table 8's "original" count, but every expert's matrix is formed once for all tokens."""
+    shape = workload.shape(factorization)
+    total = workload.tokens * shape.gate_parameters
+    for layer in shape.experts:
+        every_expert = prod(layer.num_experts) * (layer.in_features + layer.bias) * layer.out_features
+        total += layer.naive_flops + (workload.tokens - 1) * every_expert
+    return total
+
+
+def _naive_scratch(workload: Workload, factorization: str) -> int:
+    """Every expert's matrix, what it is contracted from, and each token's own matrix."""
+    largest = 0
+    for layer in workload.shape(factorization).experts:
+        matrices = prod(layer.num_experts) * layer.in_features
+        between = layer.rank[0] * (layer.rank[-1] if factorization in ("tr", "tt") else 1) if layer.rank else 0
+        largest = max(
+            largest, matrices * (layer.out_features + between) + workload.tokens * prod(workload.features[:2])
+        )
+    return largest
 
 
 def _kernel_hindrance(
@@ -200,13 +281,26 @@ def _of_factorization(factorization: str) -> Iterator[Implementation]:
         yield Implementation(f"{label} {impl}", "ours", make, reference, flops, factorization, hindrance, impl=impl)
     yield Implementation(f"{label} reference", "reference", reference, reference, flops, factorization)
     name = f"{label} reference, torch.compile"
-    yield Implementation(name, "reference", reference, reference, flops, factorization, compiled=True)
+    yield Implementation(name, "reference", reference, reference, flops, factorization, extra=COMPILED)
+    yield Implementation(
+        f"{label} naive",
+        "reference",
+        partial(_mumoe, factorization=factorization, impl="reference", naive=True),
+        reference,
+        partial(_naive_flops, factorization=factorization),
+        factorization,
+        scratch=partial(_naive_scratch, factorization=factorization),
+        extra=NAIVE,
+    )
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     *(implementation for factorization in LABELS for implementation in _of_factorization(factorization)),
     Implementation(DENSE, "dense", _dense, _dense_twin, _dense_flops),
-    Implementation("dense MoE", "dense MoE", _dense_moe, _dense_moe_twin, _dense_moe_flops, scratch=_dense_moe_scratch),
+    Implementation(
+        "dense MoE", "dense MoE", _dense_moe, _dense_moe_twin, _dense_moe_flops, scratch=_dense_moe_scratch, extra=MOE
+    ),
+    *_sparse_moes(),
 )
 
 
@@ -230,6 +324,6 @@ def cases(suite: str) -> Iterator[Case]:
             for direction in selection.directions:
                 for implementation in IMPLEMENTATIONS:
                     if implementation.applies(workload) and selection.includes(
-                        implementation.factorization, implementation.compiled
+                        implementation.factorization, implementation.extra
                     ):
                         yield Case(workload, implementation, dtype, direction)

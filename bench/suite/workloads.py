@@ -1,7 +1,7 @@
 """What the suite measures on, as data: layers and blocks of the paper's models, and how far they are scaled.
 
-A workload is a dense layer (I, O) or MLP (I, H, O) to be replaced, a number of tokens and of experts. What stands in for
-the dense one, at which rank and by which means, is the business of `implementations`.
+A workload is a dense layer (I, O) or MLP (I, H, O) to be replaced, and numbers of tokens and experts. What stands in
+for the dense one, and by which means, is the business of `implementations`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 from mumoe_fast.bench.demo_checkpoint import CHECKPOINT, Activations, load_activations, obstacle
 from mumoe_fast.bench.step import FORWARD, STEP, random_tokens
 from mumoe_fast.rank import MoEShape, resolve
+
+COMPILED, NAIVE, MOE = "torch.compile", "naive", "MoE"  # sides that take long to begin, to run or to check
 
 Ranks = tuple[tuple[str, int | None], ...]  # of ours, per factorisation; None matches the dense one's parameters
 MATCHED: Ranks = (("cp", None), ("tr", None))
@@ -36,18 +38,18 @@ class Selection:
         dtypes: of parameters and input.
         directions: "forward", "forward+backward".
         factorizations: of the workload's; None is all.
-        compiled: with torch.compile's sides, which take long to begin.
+        extras: with the sides that need patience: `COMPILED`, `NAIVE` and `MOE`.
     """
 
     dtypes: tuple[torch.dtype, ...] = BOTH
     directions: tuple[str, ...] = (FORWARD, STEP)
     factorizations: tuple[str, ...] | None = None
-    compiled: bool = True
+    extras: tuple[str, ...] = (COMPILED, NAIVE, MOE)
 
-    def includes(self, factorization: str | None, compiled: bool) -> bool:
-        """Whether it wants an implementation of this factorisation (None: a baseline)."""
+    def includes(self, factorization: str | None, extra: str | None) -> bool:
+        """Whether it wants an implementation of this factorisation and this extra (None: neither)."""
         wanted = factorization is None or self.factorizations is None or factorization in self.factorizations
-        return wanted and (self.compiled or not compiled)
+        return wanted and (extra is None or extra in self.extras)
 
 
 @dataclass(frozen=True)
@@ -114,34 +116,31 @@ class Workload:
         return None if self.block is None else load_activations(CHECKPOINT)[self.block]
 
 
-def _count(number: int) -> str:
-    return f"{number:,}"
-
-
 def _table_6() -> Iterator[Workload]:
-    features, N = (768, 1000), (128,)
+    quick = {
+        1: Selection(SINGLE, (FORWARD,), ("cp", "tr"), (NAIVE, MOE)),
+        256: Selection(SINGLE, (FORWARD,), ("cp", "tr"), ()),
+    }
     for T in (1, 16, 256, 4096):
-        name = f"Table 6 layer, {'one input' if T == 1 else f'{_count(T)} inputs'}"
-        full = Selection(SINGLE, (FORWARD,)) if T == 1 else Selection()
-        quick = Selection(SINGLE, (FORWARD,), compiled=False) if T in (1, 256) else None
-        yield Workload(name, "Table 6 layer", T, features, N, ALL, full=full, quick=quick)
+        name = f"Table 6 layer, {'one input' if T == 1 else f'{T:,} inputs'}"
+        full = Selection(directions=(FORWARD,)) if T == 1 else Selection()
+        yield Workload(name, "Table 6 layer", T, (768, 1000), (128,), ALL, full=full, quick=quick.get(T))
 
 
 def _gpt_2() -> Iterator[Workload]:
-    features, N = (768, 3072, 768), (256,)
     quick = {
-        128: Selection(HALF, compiled=False),
-        512: Selection(HALF, compiled=False),
-        2048: Selection(HALF),
+        128: Selection(HALF, factorizations=("cp",), extras=()),
+        512: Selection(HALF, factorizations=("cp",), extras=(MOE,)),
+        2048: Selection(HALF, extras=(COMPILED,)),
     }
     for T in (1, 16, 128, 512, 2048, 8192, 24576):
-        yield Workload(f"GPT-2 block, T = {_count(T)}", "GPT-2 block", T, features, N, quick=quick.get(T))
+        yield Workload(f"GPT-2 block, T = {T:,}", "GPT-2 block", T, (768, 3072, 768), (256,), quick=quick.get(T))
 
 
 def _decoding() -> Iterator[Workload]:
     features, N = (768, 3072, 768), (256,)
     for T in (1, 2, 4, 8, 16, 32, 64):
-        quick = Selection(SINGLE, (FORWARD,), ("cp",), compiled=False) if T in (1, 8, 64) else None
+        quick = Selection(SINGLE, (FORWARD,), ("cp",), ()) if T in (1, 8, 64) else None
         name = f"decoding, GPT-2 block, T = {T}"
         yield Workload(name, "Decoding", T, features, N, full=Selection(directions=(FORWARD,)), quick=quick)
 
@@ -151,36 +150,36 @@ def _mixer() -> Iterator[Workload]:
     for what, features, rows in (("token", (196, 256, 196), 512), ("channel", (512, 2048, 512), 196)):
         for images in (1, 8):
             name = f"Mixer S/16 {what} block, {images} image{'s' if images > 1 else ''}"
-            quick = Selection(SINGLE, (STEP,), ("cp",), compiled=False) if images == 1 else None
+            quick = Selection(SINGLE, (STEP,), ("cp",), ()) if images == 1 else None
             group = f"Mixer S/16 {what} block"
             yield Workload(name, group, images * rows, features, (64,), norm="batch", quick=quick)
 
 
 def _clip() -> Iterator[Workload]:
     for N in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384):
-        quick = Selection(SINGLE, factorizations=("cp",), compiled=False) if N in (128, 2048, 8192) else None
-        name = f"CLIP final layer, N = {_count(N)}"
+        quick = Selection(SINGLE, factorizations=("cp",), extras=()) if N in (128, 2048, 8192) else None
+        name = f"CLIP final layer, N = {N:,}"
         yield Workload(name, "CLIP final layer over experts", 256, (768, 1000), (N,), FIXED, quick=quick)
 
 
 def _hierarchies() -> Iterator[Workload]:
     for levels in ((128,), (128, 2), (128, 2, 2), (128, 2, 2, 2), (128, 4), (128, 4, 4), (128, 4, 4, 4)):
-        quick = Selection(SINGLE, (FORWARD,), ("cp",), compiled=False) if levels == (128, 4, 4) else None
+        quick = Selection(SINGLE, (FORWARD,), ("cp",), ()) if levels == (128, 4, 4) else None
         name = f"Table 10 layer, N = {' × '.join(map(str, levels))}"
         yield Workload(name, "Table 10 hierarchies", 256, (768, 1000), levels, FIXED, quick=quick)
 
 
 def _expert_scaling() -> Iterator[Workload]:
     for N in (128, 512, 2048, 8192, 32768, 65536):
-        name = f"expert scaling, N = {_count(N)}"
+        name = f"expert scaling, N = {N:,}"
         yield Workload(name, "Expert scaling at R = 512", 1024, (768, 768), (N,), FIXED)
 
 
 def _real() -> Iterator[Workload]:
     """The demo's GPT: what its blocks' MLPs see of held-out text, and the gates that it learnt."""
     for block, T in product((0, 3), (1024,)):
-        name = f"trained gate, demo's block {block}, T = {_count(T)}"
-        quick = Selection(SINGLE, factorizations=("cp",), compiled=False) if block == 3 else None
+        name = f"trained gate, demo's block {block}, T = {T:,}"
+        quick = Selection(SINGLE, factorizations=("cp",), extras=()) if block == 3 else None
         group = "Trained gates"
         yield Workload(name, group, T, (256, 1024, 256), (64,), norm="batch", quick=quick, block=block)
 

@@ -15,19 +15,18 @@ from mumoe_fast.reference import ACTIVATIONS
 class DenseMoE(nn.Module):
     """N linear layers (I, O) or MLPs (I, H, O) under a softmax gate.
 
-    The weighted sum over the experts is part of one last matrix product, of the weighted inputs of all experts side by
-    side, so that only (T, N·I) or (T, N·H) is formed and nothing of size T·N·O.
+    All experts read the same input, so their first layers are one matrix product; those after it are a batched one.
 
     Parameters:
         gate: (N, I).
-        weights[l]: (N, d_in, d_out) of every expert's layer l, and biases[l]: (N, d_out).
+        weights[l]: (N, d_out, d_in) of every expert's layer l, and biases[l]: (N, d_out).
     """
 
     def __init__(self, features: Sequence[int], num_experts: int, activation: str) -> None:
         super().__init__()
         self.activation = activation
         self.gate = nn.Parameter(torch.empty(num_experts, features[0]))
-        self.weights = nn.ParameterList(torch.empty(num_experts, i, o) for i, o in pairwise(features))
+        self.weights = nn.ParameterList(torch.empty(num_experts, o, i) for i, o in pairwise(features))
         self.biases = nn.ParameterList(torch.empty(num_experts, o) for o in features[1:])
         nn.init.normal_(self.gate, std=features[0] ** -0.5)
         for width, *parameters in zip(features, self.weights, self.biases, strict=False):
@@ -41,15 +40,13 @@ class DenseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, I) to (T, O)."""
-        a = self.coefficients(x)
-        if len(self.weights) == 1:
-            inputs = x.unsqueeze(1)
-        else:
-            weight = self.weights[0].transpose(0, 1).flatten(1)  # (I, N·H)
-            inputs = torch.addmm(self.biases[0].flatten(), x, weight).unflatten(-1, self.biases[0].shape)
-            inputs = ACTIVATIONS[self.activation](inputs)
-        weighted = (a.unsqueeze(-1) * inputs).flatten(1)
-        return torch.addmm(a @ self.biases[-1], weighted, self.weights[-1].flatten(0, 1))
+        first, bias = self.weights[0], self.biases[0]
+        outputs = F.linear(x, first.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape)  # (T, N, H or O)
+        for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
+            hidden = ACTIVATIONS[self.activation](outputs).transpose(0, 1)
+            outputs = torch.baddbmm(bias.unsqueeze(1), hidden, weight.mT).transpose(0, 1)
+        y: Tensor = self.coefficients(x).unsqueeze(1) @ outputs
+        return y.squeeze(1)
 
 
 class DenseMoETwin(DenseMoE):
@@ -57,12 +54,13 @@ class DenseMoETwin(DenseMoE):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, I) to (T, O)."""
-        a, y = self.coefficients(x), torch.zeros((), dtype=x.dtype, device=x.device)
-        for n in range(len(self.gate)):
+        layers = [zip(w.unbind(), b.unbind(), strict=True) for w, b in zip(self.weights, self.biases, strict=True)]
+        y = torch.zeros((), dtype=x.dtype, device=x.device)
+        for a, expert in zip(self.coefficients(x).unbind(-1), zip(*layers, strict=True), strict=True):
             output = x
-            for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            for index, (weight, bias) in enumerate(expert):
                 if index:
                     output = ACTIVATIONS[self.activation](output)
-                output = output @ weight[n] + bias[n]
-            y = y + a[:, n : n + 1] * output
+                output = torch.einsum("ti,oi->to", output, weight) + bias
+            y = y + a.unsqueeze(-1) * output
         return y
