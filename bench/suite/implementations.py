@@ -33,10 +33,10 @@ from mumoe_fast.bench.suite.baselines.sparse_moe import (
     top_k_of,
 )
 from mumoe_fast.bench.suite.workloads import COMPILED, MOE, NAIVE, WORKLOADS, Workload
-from mumoe_fast.layers import MuMoE, MuMoEMLP
+from mumoe_fast.layers import ExpertGate, MuMoE, MuMoEMLP
 from mumoe_fast.ops import dispatch
 
-DENSE = "dense"
+DENSE, LIGER = "dense", "sparse MoE, liger-kernel"
 KINDS = ("ours", "reference", "dense", "dense MoE", "sparse MoE")
 LABELS = {"cp": "CP", "tr": "TR", "tt": "TT", "tucker": "Tucker", "full": "full"}
 FAMILIES = {"cp": "cp", "tr": "tensor_ring", "tt": "tensor_ring", "tucker": "tucker", "full": "full"}  # of operators
@@ -83,6 +83,11 @@ class Implementation:
     impl: str | None = None
 
     @property
+    def needs_gpu(self) -> bool:
+        """Whether it computes on GPUs alone."""
+        return self.impl == "triton" or self.name == LIGER
+
+    @property
     def reference(self) -> str | None:
         """Name of the eager reference of its factorisation, which it is meant to beat."""
         return None if self.factorization is None else f"{LABELS[self.factorization]} reference"
@@ -112,7 +117,7 @@ class Implementation:
         torch.manual_seed(0)
         module = self.make(workload)
         if isinstance(module, MuMoE | MuMoEMLP):
-            _train_gate(module, workload)
+            train_gate(module.gate, workload)
         module = module.to(device, dtype)
         if self.extra == COMPILED:
             module.compile()  # in place: the parameters keep their names
@@ -126,13 +131,13 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _train_gate(module: MuMoE | MuMoEMLP, workload: Workload) -> None:
-    """A gate as training leaves it, of sparse coefficients; a new one has weights of zero."""
+def train_gate(gate: ExpertGate, workload: Workload) -> None:
+    """Make a gate as training leaves it, of sparse coefficients; a new one has weights of zero."""
     recorded = workload.recorded()
     if recorded is not None:
-        restore_gate(module.gate, recorded)
+        restore_gate(gate, recorded)
         return
-    for weight in module.gate.weights:
+    for weight in gate.weights:
         nn.init.normal_(weight, std=workload.features[0] ** -0.5)
 
 
@@ -224,13 +229,13 @@ def _liger_hindrance(workload: Workload, dtype: torch.dtype, device: torch.devic
 
 def _sparse_moes() -> Iterator[Implementation]:
     kinds: tuple[tuple[str, type[SparseMoE], Obstacle], ...] = (
-        ("grouped_mm", GroupedSparseMoE, _grouped_hindrance),
-        ("loop", LoopSparseMoE, _no_hindrance),
-        ("liger-kernel", LigerSparseMoE, _liger_hindrance),
+        ("sparse MoE, grouped_mm", GroupedSparseMoE, _grouped_hindrance),
+        ("sparse MoE, loop", LoopSparseMoE, _no_hindrance),
+        (LIGER, LigerSparseMoE, _liger_hindrance),
     )
-    for how, kind, hindrance in kinds:
+    for name, kind, hindrance in kinds:
         yield Implementation(
-            f"sparse MoE, {how}",
+            name,
             "sparse MoE",
             partial(_sparse_moe, kind=kind),
             partial(_sparse_moe, kind=GatedSparseMoETwin if kind.gated else SparseMoETwin),
@@ -282,16 +287,17 @@ def _of_factorization(factorization: str) -> Iterator[Implementation]:
     yield Implementation(f"{label} reference", "reference", reference, reference, flops, factorization)
     name = f"{label} reference, torch.compile"
     yield Implementation(name, "reference", reference, reference, flops, factorization, extra=COMPILED)
-    yield Implementation(
-        f"{label} naive",
-        "reference",
-        partial(_mumoe, factorization=factorization, impl="reference", naive=True),
-        reference,
-        partial(_naive_flops, factorization=factorization),
-        factorization,
-        scratch=partial(_naive_scratch, factorization=factorization),
-        extra=NAIVE,
-    )
+    if factorization != "full":  # which is Eq. 1 as it stands
+        yield Implementation(
+            f"{label} naive",
+            "reference",
+            partial(_mumoe, factorization=factorization, impl="reference", naive=True),
+            reference,
+            partial(_naive_flops, factorization=factorization),
+            factorization,
+            scratch=partial(_naive_scratch, factorization=factorization),
+            extra=NAIVE,
+        )
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor
 
 from mumoe_fast import reference
@@ -26,8 +24,7 @@ def materialize(experts: Experts) -> tuple[Tensor, Tensor | None]:
         return reference.tucker_materialize(
             factors, experts.in_factor, experts.core, experts.out_factor, experts.in_bias
         )
-    weight, bias = cast(Tensor, experts.weight), cast("Tensor | None", experts.bias)
-    return reference.full_materialize(weight, bias)
+    raise TypeError(f"experts: expected a factorisation, got {type(experts).__name__}")
 
 
 class NaiveMuMoE(MuMoE):
