@@ -22,8 +22,9 @@ from mumoe_fast.bench.report import SERIES_COLOURS, Markup, paragraph, quantity
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-WIDTH, HEIGHT = 760, 380  # user units of the SVG, in which text is 12 high
+WIDTH, WIDE, HEIGHT = 760, 960, 380  # user units of the SVG, in which text is 12 high; wide: of several plots
 ROW_HEIGHT = 26  # of one category
 MARKERS = "oDs^v<>p"
 MISSING = "Charts need matplotlib: pip install 'mumoe-fast[bench]'."
@@ -64,16 +65,31 @@ class Axis:
         return quantity(value, self.unit) if self.unit else f"{value:,.5g}" if value % 1 else f"{value:,.0f}"
 
 
-def line_chart(series: Sequence[Series], *, title: str, x: Axis, y: Axis, width: int = WIDTH) -> Markup:
-    """Curves over a grid, with a legend above; where there is nothing to draw or to draw with, a line that says so.
+@dataclass(frozen=True)
+class Plot:
+    """Curves over one pair of axes."""
 
-    `width` is in units of which text is 12 high: halve it for two charts side by side.
+    series: Sequence[Series]
+    x: Axis
+    y: Axis
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not any(one.points for one in self.series)
+
+
+def chart(*plots: Plot, title: str) -> Markup:
+    """Panels side by side under one legend; where there is nothing to draw or to draw with, a line that says so.
+
+    A name that several plots have is one entry of the legend. Plots with categories have the same ones.
     """
-    if not any(one.points for one in series):
+    plots = tuple(plot for plot in plots if not plot.empty)
+    if not plots:
         return paragraph("Nothing was recorded.", "note")
     if find_spec("matplotlib") is None:
         return paragraph(MISSING, "warning")
-    return _inline(_draw(series, x, y, width), series, title, x, y)
+    return _inline(_draw(plots), plots, title)
 
 
 # Drawing
@@ -106,24 +122,34 @@ _STYLE: dict[Any, Any] = {  # matplotlib spells out every key's type
 }
 
 
-def _draw(series: Sequence[Series], x: Axis, y: Axis, width: int) -> str:
+def _draw(plots: Sequence[Plot]) -> str:
     """The chart as matplotlib writes it."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    columns = max(1, min(len(series), width // (58 + 8 * max(len(one.name) for one in series))))
-    legend = 20 * math.ceil(len(series) / columns)
-    height = legend + (70 + ROW_HEIGHT * len(y.categories) if y.categories else HEIGHT)
+    names = {one.name for plot in plots for one in plot.series}
+    categories = plots[0].y.categories
+    width = WIDTH if len(plots) == 1 else WIDE
+    columns = max(1, min(len(names), width // (58 + 8 * max(map(len, names)))))
+    height = 20 * math.ceil(len(names) / columns) + (70 + ROW_HEIGHT * len(categories) if categories else HEIGHT)
     with rc_context(_STYLE):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-        axes = figure.add_subplot()
-        _set_axis(axes, "x", x, [p[0] for one in series for p in one.points])
-        _set_axis(axes, "y", y, [p[1] for one in series for p in one.points])
-        for place, one in enumerate(series):
-            _plot(axes, place, one, sideways=bool(y.categories))
-        if len(series) > 1 or not y.categories:
-            figure.legend(loc="outside upper left", ncols=columns, handlelength=2.2)
+        handles = {}
+        every = figure.subplots(1, len(plots), sharey=bool(categories), squeeze=False)[0]
+        for number, (plot, axes) in enumerate(zip(plots, every)):
+            points = [point for one in plot.series for point in one.points]
+            _set_axis(axes, "x", plot.x, [x for x, _ in points])
+            _set_axis(axes, "y", plot.y, [y for _, y in points])
+            for place, one in enumerate(plot.series):
+                handles[one.name] = _plot(axes, _group(number, place), one, sideways=bool(categories))
+        if len(handles) > 1 or not categories:
+            figure.legend(handles.values(), handles, loc="outside upper left", ncols=columns, handlelength=2.2)
         return _svg(figure)
+
+
+def _group(plot: int, place: int) -> str:
+    """What the group of a series' marks is called in the SVG."""
+    return f"plot{plot}-series{place}"
 
 
 def _set_axis(axes: Axes, name: Literal["x", "y"], axis: Axis, values: Sequence[float]) -> None:
@@ -146,15 +172,15 @@ def _set_axis(axes: Axes, name: Literal["x", "y"], axis: Axis, values: Sequence[
     ruler.set_major_formatter(FuncFormatter(lambda value, _: axis.show(value)))
 
 
-def _plot(axes: Axes, place: int, one: Series, sideways: bool) -> None:
-    """One series; its group in the SVG is called after its place."""
-    colour = _SERIES[one.colour % len(_SERIES)]
-    faint = one.line == "faint"
-    axes.plot(
-        [x for x, _ in one.points],
-        [y for _, y in one.points],
+def _plot(axes: Axes, group: str, one: Series, sideways: bool) -> Line2D:
+    """One series, with its spread behind it."""
+    colour, faint = _SERIES[one.colour % len(_SERIES)], one.line == "faint"
+    x, y = [x for x, _ in one.points], [y for _, y in one.points]
+    (drawn,) = axes.plot(
+        x,
+        y,
         label=one.name,
-        gid=f"series{place}",
+        gid=group,
         color=colour,
         linewidth=1.2 if faint else 1.8,
         alpha=0.5 if faint else None,
@@ -166,9 +192,11 @@ def _plot(axes: Axes, place: int, one: Series, sideways: bool) -> None:
         clip_on=False,
         zorder=3,
     )
-    for (x, y), (low, high) in zip(one.points, one.spread):
-        across, along = ((low, high), (y, y)) if sideways else ((x, x), (low, high))
-        axes.plot(across, along, color=colour, linewidth=4, alpha=0.35, solid_capstyle="butt", zorder=2)
+    if one.spread:
+        lines, at = (axes.hlines, y) if sideways else (axes.vlines, x)
+        low, high = zip(*one.spread)
+        lines(at, low, high, colors=colour, linewidth=4, alpha=0.35, zorder=2)
+    return drawn
 
 
 def _svg(figure: Figure) -> str:
@@ -181,7 +209,7 @@ def _svg(figure: Figure) -> str:
 # From matplotlib's file to a part of the page
 
 
-def _inline(source: str, series: Sequence[Series], title: str, x: Axis, y: Axis) -> Markup:
+def _inline(source: str, plots: Sequence[Plot], title: str) -> Markup:
     """matplotlib's SVG without its head, its colours and its fonts, and with what the points tell on hover."""
     root = ElementTree.fromstring(source)
     for element in root.iter():
@@ -189,11 +217,12 @@ def _inline(source: str, series: Sequence[Series], title: str, x: Axis, y: Axis)
         element.attrib = {_local(name): _page_style(value) for name, value in element.attrib.items()}
         for style in element.findall("{*}style"):
             element.remove(style)  # it is about every element of the page
-    for place, one in enumerate(series):
-        _tell_values(root, f"series{place}", one, x, y)
+    for number, plot in enumerate(plots):
+        for place, one in enumerate(plot.series):
+            _tell_values(root, _group(number, place), one, plot)
     _keep_used_ids(root, sha256(f"{title}{source}".encode()).hexdigest()[:8])
     root.attrib = {"class": "chart", "viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
+    return Markup(re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", ElementTree.tostring(root, "unicode")))
 
 
 def _local(name: str) -> str:
@@ -206,12 +235,12 @@ def _page_style(style: str) -> str:
     return re.sub(r"#0[0-9a-f]{5}\b", lambda found: f"var({_PLACEHOLDERS[found[0]]})", style)
 
 
-def _tell_values(root: ElementTree.Element, group: str, one: Series, x: Axis, y: Axis) -> None:
+def _tell_values(root: ElementTree.Element, group: str, one: Series, plot: Plot) -> None:
     drawn = root.find(f".//g[@id='{group}']")
     assert drawn is not None
     for mark, point in zip(drawn.iter("use"), one.points):
         told = ElementTree.SubElement(mark, "title")
-        told.text = f"{one.name}: {y.show(point[1])} at {x.show(point[0])}"
+        told.text = f"{one.name}: {plot.y.show(point[1])} at {plot.x.show(point[0])}"
 
 
 def _keep_used_ids(root: ElementTree.Element, prefix: str) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mumoe_fast.bench import report as html
-from mumoe_fast.bench.charts import Axis, Series, line_chart
+from mumoe_fast.bench.charts import Axis, Plot, Series, chart
 from mumoe_fast.bench.experts import ExpertText
 from mumoe_fast.examples.train_gpt import ModelConfig, Record, TrainConfig
 
@@ -116,7 +116,7 @@ def page(demo: Demo) -> str:
         f"{training.batch} × {model.context} bytes a step, {demo.done} steps; {demo.text_bytes[0]:,} bytes of text to "
         f"train on and {demo.text_bytes[1]:,} held out."
     )
-    chart = line_chart(loss_curves(demo), title="Loss curves", x=Axis("step"), y=Axis("loss, nats per byte"))
+    losses = Plot(loss_curves(demo), Axis("step"), Axis("loss, nats per byte"))
     return html.page(
         "μMoE and dense, side by side",
         html.paragraph(lead, "lead"),
@@ -129,7 +129,7 @@ def page(demo: Demo) -> str:
         ),
         html.section(
             "Loss",
-            html.card(chart),
+            html.card(chart(losses, title="Loss curves")),
             html.paragraph(
                 f"Training loss is a running mean; held-out loss is on {training.evaluate_windows} windows spread over "
                 "the held-out text.",

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mumoe_fast import rank
 from mumoe_fast.bench import report as html
-from mumoe_fast.bench.charts import Axis, Series, line_chart
+from mumoe_fast.bench.charts import Axis, Plot, Series, chart
 from mumoe_fast.bench.paper_tables import Entry, PaperTable, tables
 
 HEADERS = ("", "count", "paper", "here", "here − paper", "agrees")
@@ -91,11 +91,9 @@ def page(found: list[PaperTable]) -> str:
         html.section(
             "Figure 8. Parameters as a function of the number of experts",
             html.card(
-                line_chart(
-                    figure_8(),
+                chart(
+                    Plot(figure_8(), Axis("experts N", scale="log2"), Axis("parameters", scale="log")),
                     title="Figure 8",
-                    x=Axis("experts N", scale="log2"),
-                    y=Axis("parameters", "", "log"),
                 )
             ),
             html.paragraph(figure_8_remark(), "note"),

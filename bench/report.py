@@ -44,8 +44,7 @@ th { color: var(--soft); font-weight: 600; font-size: .82rem; vertical-align: bo
 th, td { padding: .45rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 .name { text-align: left; } th:first-child, td:first-child { padding-left: 0; } tr:last-child td { border-bottom: 0; }
 td { white-space: nowrap; } td.name { white-space: normal; } th[colspan] { padding-top: 1rem; color: var(--ink); }
-summary { cursor: pointer; color: var(--soft); } .pair { display: grid; gap: 1.2rem;
-  grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); }
+summary { cursor: pointer; color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; font-size: .93rem; }
 dt { color: var(--soft); } dd { margin: 0; }
 pre { margin: .35rem 0; font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
@@ -88,11 +87,6 @@ def heading(value: str) -> Markup:
 def card(*parts: Markup) -> Markup:
     """A framed box."""
     return Markup(f'<div class="card">{join(*parts)}</div>')
-
-
-def pair(*parts: Markup) -> Markup:
-    """Parts side by side where the page is wide enough."""
-    return Markup(f'<div class="pair">{join(*(Markup(f"<div>{part}</div>") for part in parts))}</div>')
 
 
 def folded(summary: str, *parts: Markup) -> Markup:

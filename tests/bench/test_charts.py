@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mumoe_fast.bench import charts
-from mumoe_fast.bench.charts import Axis, Series, line_chart
+from mumoe_fast.bench.charts import Axis, Plot, Series, chart
 from mumoe_fast.bench.report import SERIES_COLOURS, STYLE, page
 from tests.bench.test_report import Page, assert_self_contained
 
@@ -14,7 +14,7 @@ NUMBER = r"-?\d+(?:\.\d+)?"
 
 
 def draw(*series: Series, x: Axis | None = None, y: Axis | None = None) -> ElementTree.Element:
-    drawn = line_chart(series, title="a chart", x=x or Axis("step"), y=y or Axis("loss"))
+    drawn = chart(Plot(series, x or Axis("step"), y or Axis("loss")), title="a chart")
     assert_self_contained(page("A page", drawn))
     return ElementTree.fromstring(drawn)
 
@@ -34,14 +34,14 @@ def test_curves_are_drawn_at_their_values() -> None:
     (x0, y0), (x1, y1), (x2, y2) = curve(draw(Series("falls", [(0, 4.0), (5, 3.0), (10, 2.0)], 1)), 1)
     assert x0 < x1 < x2
     assert y0 < y1 < y2, "smaller values are lower on the page, at larger coordinates"
-    assert (x1 - x0, y1 - y0) == (pytest.approx(x2 - x1), pytest.approx(y2 - y1))
+    assert (x1 - x0, y1 - y0) == (pytest.approx(x2 - x1, abs=0.03), pytest.approx(y2 - y1, abs=0.03))
 
 
 def test_equal_factors_are_equal_steps_on_log_axes() -> None:
     series = Series("grows", [(1, 1e-5), (64, 1e-3), (4096, 1e-1)], 0)
     drawn = draw(series, x=Axis("tokens", scale="log2"), y=Axis("latency", "s", "log"))
     (x0, y0), (x1, y1), (x2, y2) = curve(drawn)
-    assert (x1 - x0, y1 - y0) == (pytest.approx(x2 - x1), pytest.approx(y2 - y1))
+    assert (x1 - x0, y1 - y0) == (pytest.approx(x2 - x1, abs=0.03), pytest.approx(y2 - y1, abs=0.03))
     assert {"1", "64", "4,096", "10 µs", "1 ms", "100 ms", "tokens", "latency"} <= set(texts(drawn))
 
 
@@ -66,7 +66,7 @@ def test_categories_are_read_from_the_top() -> None:
     assert first.findtext("title") == "linear: GPT-2 block at 2 ms"
     assert set(rows) <= set(texts(drawn))
     (x0, y0), (x1, y1) = curve(drawn)
-    assert y0 == y1 == pytest.approx(float(first.attrib["y"]))
+    assert y0 == y1 == pytest.approx(float(first.attrib["y"]), abs=0.02)
     assert x0 < float(first.attrib["x"]) < x1, "the spread lies around the point"
 
 
@@ -87,7 +87,7 @@ def test_colours_are_the_pages() -> None:
 @pytest.mark.parametrize("points", [[], [(1.0, 2.0)], [(1.0, 2.0), (2.0, 2.0)]], ids=["none", "one", "flat"])
 @pytest.mark.parametrize("scale", ["linear", "log"])
 def test_charts_of_little_data_are_still_drawn(points: list[tuple[float, float]], scale: str) -> None:
-    drawn = line_chart([Series("short", points, 0, marker=0)], title="", x=Axis("x"), y=Axis("y", "s", scale))  # type: ignore[arg-type]
+    drawn = chart(Plot([Series("short", points, 0, marker=0)], Axis("x"), Axis("y", "s", scale)), title="")  # type: ignore[arg-type]
     Page(drawn)
     assert drawn.count("<title>") == len(points)
     assert ("Nothing was recorded" in drawn) == (not points)
@@ -96,17 +96,17 @@ def test_charts_of_little_data_are_still_drawn(points: list[tuple[float, float]]
 
 def test_two_charts_of_one_page_share_no_id() -> None:
     series = [Series("a", [(0, 1), (1, 2)], 0, marker=0)]
-    drawn = [line_chart(series, title=title, x=Axis("x"), y=Axis("y")) for title in ("one", "two")]
+    drawn = [chart(Plot(series, Axis("x"), Axis("y")), title=title) for title in ("one", "two")]
     assert_self_contained(page("A page", *drawn))
 
 
 def test_drawing_twice_gives_the_same_text() -> None:
     series = [Series("a", [(0, 1), (1, 2)], 0, "solid", 0, [(0.5, 1.5), (1, 3)])]
-    first, second = (line_chart(series, title="a", x=Axis("x"), y=Axis("y")) for _ in range(2))
+    first, second = (chart(Plot(series, Axis("x"), Axis("y")), title="a") for _ in range(2))
     assert first == second
 
 
 def test_without_matplotlib_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
-    drawn = line_chart([Series("a", [(0, 1)], 0)], title="a", x=Axis("x"), y=Axis("y"))
+    drawn = chart(Plot([Series("a", [(0, 1)], 0)], Axis("x"), Axis("y")), title="a")
     assert "pip install &#x27;mumoe-fast[bench]&#x27;" in drawn

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mumoe_fast.bench import report
-from mumoe_fast.bench.charts import Axis, Series, line_chart
+from mumoe_fast.bench.charts import Axis, Plot, Series, chart
 
 REFERENCES = {"src", "href", "xlink:href"}
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -73,7 +73,7 @@ def test_text_is_escaped_everywhere() -> None:
         report.table([evil], [[evil]]),
         report.definitions([(evil, evil)]),
         report.marked_text(evil, evil, evil, evil),
-        line_chart([Series(evil, [(0, 1)], 0, marker=0)], title=evil, x=Axis(evil), y=Axis(evil)),
+        chart(Plot([Series(evil, [(0, 1)], 0, marker=0)], Axis(evil), Axis(evil)), title=evil),
     ]
     page = assert_self_contained(report.page(evil, report.section(evil, *parts)))
     # the title twice, the section's, and what the parts show; a chart shows its name in the legend and on its dot
