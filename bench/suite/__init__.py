@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,17 +90,20 @@ def _measure(cases: list[Case], device: torch.device, seconds: float, console: C
 
     from mumoe_fast.bench.suite.run import run
 
+    def begin(what: str) -> None:
+        bar.update(task, description=what)
+
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=len(cases))
-        return list(
-            run(
-                cases,
-                device,
-                seconds=seconds,
-                on_start=lambda what: bar.update(task, description=what),
-                on_done=lambda record: bar.advance(task),
-            )
-        )
+        measured = run(cases, device, seconds=seconds, on_start=begin, on_done=lambda record: bar.advance(task))
+        records = list(measured)
+        if find_spec("triton") is None:
+            console.print("No predictions for GPUs: Triton is not installed", style="yellow")
+            return records
+        from mumoe_fast.bench.suite.prediction import absent, predict
+
+        begin("predictions for GPUs that are not here")
+        return [*records, *predict(cases, records[0].run, absent(device))]
 
 
 def _device(name: str | None) -> torch.device:

@@ -143,7 +143,7 @@ class Contest:
         self, side: Implementation, direction: str, distrusted: Mapping[str, str]
     ) -> tuple[Record, nn.Module | None]:
         """The side's record so far, and its module if it may be timed."""
-        record = self._record(side)
+        record = blank(self.workload, side, self.dtype, direction, self.machine)
         if side.impl is not None and side.impl in distrusted:
             return replace(record, refused=distrusted[side.impl], wrong=True), None
         try:
@@ -158,20 +158,6 @@ class Contest:
             return replace(record, refused=cannot_run(error)), None
         parameters = sum(parameter.numel() for parameter in module.parameters())
         return replace(record, error_of_allowance=checked.worst, parameters=parameters), module
-
-    def _record(self, side: Implementation) -> Record:
-        return Record(
-            workload=self.workload.name,
-            group=self.workload.group,
-            tokens=self.workload.tokens,
-            num_experts=self.workload.total_experts,
-            implementation=side.name,
-            kind=side.kind,
-            factorization=side.factorization,
-            dtype=str(self.dtype).removeprefix("torch."),
-            direction="",
-            run=self.machine,
-        )
 
     def _timed(self, rows: Mapping[str, Record], modules: Mapping[str, nn.Module], direction: str) -> dict[str, Record]:
         """The rows with latencies, of all sides in turns."""
@@ -235,6 +221,22 @@ def peak_of(
     act = action(side.build(workload, dtype, device), workload.input(dtype, device), direction)
     act()
     return peak_bytes(act, device)
+
+
+def blank(workload: Workload, side: Implementation, dtype: torch.dtype, direction: str, machine: Run) -> Record:
+    """The record of a case of which nothing is known yet."""
+    return Record(
+        workload=workload.name,
+        group=workload.group,
+        tokens=workload.tokens,
+        num_experts=workload.total_experts,
+        implementation=side.name,
+        kind=side.kind,
+        factorization=side.factorization,
+        dtype=str(dtype).removeprefix("torch."),
+        direction=direction,
+        run=machine,
+    )
 
 
 def cannot_run(error: Exception) -> str:
