@@ -167,7 +167,7 @@ def _set_axis(axes: Axes, name: Literal["x", "y"], axis: Axis, values: Sequence[
         base, room = (2, 1.15) if axis.scale == "log2" else (10, max(1.4, 1.8 / math.sqrt(high / low)))
         axes.set(**{f"{name}scale": "log", f"{name}lim": (low / room, high * room)})
         few = axis.scale == "log" and high / low < 1e3
-        ruler.set_major_locator(LogLocator(base, subs=(1, 2, 5) if few else (1,), numticks=10))
+        ruler.set_major_locator(LogLocator(base, subs=(1, 2, 5) if few else (1,), numticks=7))
         ruler.set_minor_locator(NullLocator())
     ruler.set_major_formatter(FuncFormatter(lambda value, _: axis.show(value)))
 

@@ -31,19 +31,20 @@ STYLE = (
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .7rem; }
 h3 { font-size: 1rem; margin: 0 0 .5rem; }
-p { margin: .5rem 0; } .lead, .note { color: var(--soft); } .note { font-size: .88rem; }
+p { margin: .5rem 0; max-width: 58rem; } .lead, .note { color: var(--soft); } .note { font-size: .88rem; }
 .warning { border-left: 4px solid var(--series1); padding: .3rem .8rem; background: var(--card); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.1rem;
   margin: .8rem 0; overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th { color: var(--soft); font-weight: 600; font-size: .82rem; vertical-align: bottom; }
-th, td { padding: .45rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
 .name { text-align: left; } th:first-child, td:first-child { padding-left: 0; } tr:last-child td { border-bottom: 0; }
-td { white-space: nowrap; } td.name { white-space: normal; } th[colspan] { padding-top: 1rem; color: var(--ink); }
+td { white-space: nowrap; } td.name { white-space: normal; min-width: 9.5rem; }
+th[colspan] { padding-top: 1rem; color: var(--ink); }
 summary { cursor: pointer; color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; font-size: .93rem; }
 dt { color: var(--soft); } dd { margin: 0; }
@@ -67,6 +68,13 @@ def quantity(value: float, unit: str) -> str:
     scaled = value / 10.0**exponent
     digits = f"{scaled:,.0f}" if abs(scaled) >= 999.5 else f"{scaled:.3g}"
     return f"{digits} {PREFIXES[exponent]}{unit}".rstrip()
+
+
+def interval(low: float, high: float, unit: str) -> str:
+    """Two values with their unit, which is said once where both have the same: 0.98–1.20 ms."""
+    first, last = quantity(low, unit), quantity(high, unit)
+    number, _, prefixed = first.partition(" ")
+    return f"{number}–{last}" if last.endswith(f" {prefixed}") else f"{first} – {last}"
 
 
 def join(*parts: Markup) -> Markup:

@@ -8,13 +8,14 @@ from pathlib import Path
 from statistics import median
 
 from mumoe_fast.bench import report as html
-from mumoe_fast.bench.report import Markup, quantity
+from mumoe_fast.bench.report import Markup, interval, quantity
 from mumoe_fast.bench.suite.plots import over_floor, plots
 from mumoe_fast.bench.suite.records import Record, measured
 from mumoe_fast.bench.suite.rivals import Rivals, fastest
 from mumoe_fast.bench.suite.table import left_out
 
 TITLE = "μMoE layers beside what they could replace"
+RATIOS = ("×\u00a0dense", "×\u00a0reference", "×\u00a0floor")
 HOW_TO_READ = (
     "Latencies are medians of calls that took turns with the other sides' in random order, with the spread from the "
     "20th to the 80th percentile of the bursts; forward is without gradients, forward+backward with those of the input "
@@ -68,8 +69,11 @@ def lead(records: Sequence[Record], here: Sequence[Record]) -> str:
         return "Nothing was measured."
     run = records[0].run
     device = run.machine.get("device", "an unnamed device")
-    counts = (f"{len({getattr(r, f) for r in here})} {f}s" for f in ("workload", "implementation", "dtype"))
-    return f"{len(here)} measurements of {', '.join(counts)}, on {device}, {run.date}."
+    workloads, sides = len({record.workload for record in here}), len({record.implementation for record in here})
+    dtypes = ", ".join(dict.fromkeys(record.dtype for record in here))
+    return (
+        f"{len(here)} measurements: workloads {workloads}, implementations {sides}, in {dtypes}; {device}, {run.date}."
+    )
 
 
 def wrong(records: Sequence[Record]) -> Iterator[str]:
@@ -89,7 +93,7 @@ def summary(here: Sequence[Record]) -> Markup:
             ours = [record for record in best if record is not None]
             ratios = (rivals.times_dense, rivals.times_reference, lambda record: record.over_floor)
             rows.append([name, f"{len(ours)}", *(spread_of([ratio(record) for record in ours]) for ratio in ratios)])
-    return html.table(("best of ours", "workloads", "× dense", "× reference", "× floor"), rows)
+    return html.table(("best of ours", "workloads", *RATIOS), rows)
 
 
 def spread_of(ratios: Sequence[float | None]) -> str:
@@ -119,7 +123,7 @@ def latency_table(records: Sequence[Record], rivals: Rivals) -> Markup:
     """Latency, its ratios, and memory."""
     replayed = any(record.graph_latency for record in records)
     headers = ["", "median", "p20–p80", "minimum", *(["CUDA graph"] if replayed else [])]
-    headers += ["× dense", "× reference", "× floor", "GEMM rate", "copy rate", "peak memory"]
+    headers += [*RATIOS, "GEMM rate", "copy rate", "peak memory"]
     rows: list[list[str]] = []
     for workload, of_workload in parts(records, lambda record: record.workload):
         rows.append([workload])
@@ -130,7 +134,7 @@ def latency_table(records: Sequence[Record], rivals: Rivals) -> Markup:
                 [
                     record.implementation,
                     quantity(latency.p50, "s"),
-                    f"{quantity(latency.p20, 's')}–{quantity(latency.p80, 's')}",
+                    interval(latency.p20, latency.p80, "s"),
                     quantity(latency.minimum, "s"),
                     *(
                         [shown(None if graph is None else graph.p50, lambda value: quantity(value, "s"))]
@@ -155,7 +159,7 @@ def shown(value: float | None, text: Callable[[float], str]) -> str:
 
 def flops_part(records: Sequence[Record]) -> Iterator[Markup]:
     """Parameters and operations of one call, the same in every dtype; and why counts differ where they do."""
-    rows, explanations = list[list[str]](), dict[str, None]()
+    rows, explained = list[list[str]](), dict[tuple[str, str], list[str]]()
     distinct = {(r.workload, r.direction, r.implementation): r for r in records if r.flops is not None}
     for title, of_title in parts(list(distinct.values()), lambda record: f"{record.workload}, {record.direction}"):
         rows.append([title])
@@ -165,10 +169,11 @@ def flops_part(records: Sequence[Record]) -> Iterator[Markup]:
             shares = (record.parameters, *counts)
             rows.append([record.implementation, *(shown(count, "{:,.0f}".format) for count in shares)])
             if record.flops.explanation:
-                explanations[f"{record.implementation}: {record.flops.explanation}"] = None
+                sides = explained.setdefault((title, record.flops.explanation), [])
+                sides.append(record.implementation)
     yield html.table(("a multiply-add counts as 2", "parameters", "by formula", "by torch", "by fvcore"), rows)
-    for text in explanations:
-        yield html.paragraph(text, "note")
+    for (title, text), sides in explained.items():
+        yield html.paragraph(f"{title}, {', '.join(sides)}: {text}", "note")
 
 
 def floor_cards(here: Sequence[Record]) -> Iterator[Markup]:
@@ -209,7 +214,7 @@ def predictions(records: Sequence[Record]) -> Markup:
                 ]
                 for record in of_title
             ]
-        headers = ("predicted, not measured", "latency", "× dense", "× reference", "× floor")
+        headers = ("predicted, not measured", "latency", *RATIOS)
         cards.append(
             html.card(html.heading(f"{gpu}: predicted"), html.folded("Every figure", html.table(headers, rows)))
         )

@@ -96,3 +96,9 @@ def test_text_is_escaped_everywhere() -> None:
 )
 def test_quantities_have_three_digits_and_a_prefix(value: float, unit: str, shown: str) -> None:
     assert report.quantity(value, unit) == shown
+
+
+def test_intervals_say_their_unit_once() -> None:
+    assert report.interval(9.8e-4, 9.9e-4, "s") == "980–990 µs"
+    assert report.interval(9.8e-4, 1.2e-3, "s") == "980 µs – 1.2 ms"
+    assert report.interval(1.0, 2.0, "s") == "1–2 s"
