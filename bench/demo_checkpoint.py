@@ -17,7 +17,6 @@ from mumoe_fast.layers import ExpertGate, MuMoEMLP
 
 CHECKPOINT = Path("demo.pt")  # where the demo is run, beside its report
 TOKENS = 1024
-BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ def load_activations(path: Path) -> list[Activations]:
     return [Activations(block["input"], block["gate"]) for block in saved["blocks"]]
 
 
-def obstacle(path: Path, block: int, tokens: int, in_features: int) -> str | None:
-    """Why `tokens` tokens of a block cannot be taken from the checkpoint; None if they can."""
+def obstacle(path: Path, block: int, tokens: int, in_features: int, num_experts: int) -> str | None:
+    """Why `tokens` tokens of a block and its gate cannot be taken from the checkpoint; None if they can."""
     if not path.exists():
         return f"there is no {path} here: `mumoe demo` writes it"
     blocks = load_activations(path)
@@ -72,6 +71,9 @@ def obstacle(path: Path, block: int, tokens: int, in_features: int) -> str | Non
     found = tuple(blocks[block].input.shape)
     if found[0] < tokens or found[1] != in_features:
         return f"{path} has an input of {found}, expected at least {tokens} tokens of {in_features} features"
+    gate = tuple(blocks[block].gate["weights.0"].shape)
+    if gate != (num_experts, in_features):
+        return f"{path} has a gate of {gate}, expected {num_experts} experts of {in_features} features"
     return None
 
 

@@ -118,6 +118,7 @@ class Implementation:
         module = self.make(workload)
         if isinstance(module, MuMoE | MuMoEMLP):
             train_gate(module.gate, workload)
+            _tell_experts_apart(module)
         module = module.to(device, dtype)
         if self.extra == COMPILED:
             module.compile()  # in place: the parameters keep their names
@@ -139,6 +140,15 @@ def train_gate(gate: ExpertGate, workload: Workload) -> None:
         return
     for weight in gate.weights:
         nn.init.normal_(weight, std=workload.features[0] ** -0.5)
+
+
+@torch.no_grad()
+def _tell_experts_apart(module: MuMoE | MuMoEMLP) -> None:
+    """Give further levels experts that differ: they start equal, and their gate's gradient would be rounding alone."""
+    for name, parameter in module.named_parameters():
+        *_, group, level = name.rsplit(".", 2)
+        if group in ("expert_factors", "expert_cores") and level != "0":
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
 
 
 def _mumoe(workload: Workload, factorization: str, impl: str, naive: bool = False) -> nn.Module:

@@ -102,7 +102,9 @@ class Workload:
 
     def obstacle(self) -> str | None:
         """Why it cannot be measured here; None if it can."""
-        return None if self.block is None else obstacle(CHECKPOINT, self.block, self.tokens, self.features[0])
+        if self.block is None:
+            return None
+        return obstacle(CHECKPOINT, self.block, self.tokens, self.features[0], self.total_experts)
 
     def input(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """(T, I), the same for every implementation: the checkpoint's activations, or standard normal."""

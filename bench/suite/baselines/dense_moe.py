@@ -52,6 +52,11 @@ class DenseMoE(nn.Module):
 class DenseMoETwin(DenseMoE):
     """The same, one expert after the other."""
 
+    def coefficients(self, x: Tensor) -> Tensor:
+        """Softmax by its logarithm."""
+        logits = torch.einsum("ti,ni->tn", x, self.gate).to(torch.promote_types(x.dtype, torch.float32))
+        return torch.exp(logits - torch.logsumexp(logits, -1, keepdim=True)).to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (T, I) to (T, O)."""
         layers = [zip(w.unbind(), b.unbind(), strict=True) for w, b in zip(self.weights, self.biases, strict=True)]

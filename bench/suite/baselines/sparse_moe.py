@@ -149,9 +149,23 @@ class SparseMoETwin(SparseMoE):
 
     chosen: Tensor
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The router's, in float32 or better: (T, N)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.einsum("ti,ni->tn", x.to(dtype), self.gate.to(dtype))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What stands between an expert's two layers."""
+        if not self.gated:
+            return ACTIVATIONS[self.activation](x)
+        half = x.shape[-1] // 2
+        gate, up = x[..., :half], x[..., half:]
+        return gate * torch.sigmoid(gate) * up
+
     def forward(self, x: Tensor) -> Tensor:
         """x (T, I) to (T, O)."""
-        probabilities = torch.softmax(self.logits(x), -1).to(x.dtype)
+        logits = self.logits(x)
+        probabilities = torch.exp(logits - torch.logsumexp(logits, -1, keepdim=True)).to(x.dtype)
         table = probabilities * torch.zeros_like(probabilities).scatter(-1, self.chosen, 1)
         y = x.new_zeros(len(x), self.weights[-1].shape[1])
         experts = zip(*(weight.unbind() for weight in self.weights), strict=True)
