@@ -18,7 +18,7 @@ from torch import nn
 
 from mumoe_fast.bench.measure import Clock, in_fresh_process, peak_bytes
 from mumoe_fast.bench.step import STEP, action
-from mumoe_fast.bench.suite.check import Checked, check
+from mumoe_fast.bench.suite.check import check
 from mumoe_fast.bench.suite.flops import count, floor
 from mumoe_fast.bench.suite.implementations import Case, Implementation
 from mumoe_fast.bench.suite.machine import describe_run, measure_ceilings
@@ -28,6 +28,7 @@ from mumoe_fast.bench.suite.timing import Action, captured, clock_of, latencies
 from mumoe_fast.bench.suite.workloads import Workload
 
 SEED = 0
+WRONG = "wrong: "  # how a check's problem begins that is not that the side cannot run
 REPLAYED = "CUDA graph of "  # before a side's name: its replay, which takes turns with the eager calls
 
 Verify = Callable[[str, torch.device, Sequence[torch.dtype]], str | None]
@@ -152,7 +153,7 @@ class Contest:
                 return replace(record, refused=reason), None
             checked = check(self.workload, side, self.dtype, self.device, direction)
             if checked.problem is not None:
-                return replace(record, refused=checked.problem, wrong=_is_wrong(checked)), None
+                return replace(record, refused=checked.problem, wrong=checked.problem.startswith(WRONG)), None
             module = side.build(self.workload, self.dtype, self.device)
         except (ImportError, RuntimeError) as error:
             return replace(record, refused=cannot_run(error)), None
@@ -242,7 +243,3 @@ def blank(workload: Workload, side: Implementation, dtype: torch.dtype, directio
 def cannot_run(error: Exception) -> str:
     """The first line of an error, as a reason."""
     return f"cannot run: {(str(error) or type(error).__name__).splitlines()[0]}"
-
-
-def _is_wrong(checked: Checked) -> bool:
-    return any(not verdict.passed for verdict in checked.verdicts)
