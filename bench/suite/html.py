@@ -26,7 +26,7 @@ HOW_TO_READ = (
 )
 PREDICTED = (
     "Nothing in this section was measured. For GPUs that are not here, the time is predicted from operations, bytes "
-    "and launches, at the rates of their data sheets. Compare predictions with predictions alone."
+    "and launches at the rates of their data sheets, which nothing reaches: a GPU is slower than this."
 )
 
 
@@ -37,7 +37,7 @@ def write_report(records: Sequence[Record], path: Path) -> None:
 
 def page(records: Sequence[Record]) -> str:
     """The report on the records of one or several runs."""
-    here, predicted = measured(records), [record for record in records if record.predicted]
+    here, elsewhere = measured(records), [record for record in records if record.predicted]
     return html.page(
         TITLE,
         html.paragraph(lead(records, here), "lead"),
@@ -46,7 +46,7 @@ def page(records: Sequence[Record]) -> str:
         *(group_section(group, rows) for group, rows in parts(here, lambda record: record.group)),
         html.section("How far from the floor", *floor_cards(here)),
         html.section("Left out", *left_out_part(records)),
-        *([predictions(predicted)] if predicted else []),
+        *([predictions(elsewhere)] if elsewhere else []),
         html.section("Machine", *machines(records)),
     )
 
@@ -68,12 +68,10 @@ def lead(records: Sequence[Record], here: Sequence[Record]) -> str:
     if not records:
         return "Nothing was measured."
     run = records[0].run
-    device = run.machine.get("device", "an unnamed device")
+    where = f"{run.machine.get('device', 'an unnamed device')}, {run.date[:10]}"
     workloads, sides = len({record.workload for record in here}), len({record.implementation for record in here})
     dtypes = ", ".join(dict.fromkeys(record.dtype for record in here))
-    return (
-        f"{len(here)} measurements: workloads {workloads}, implementations {sides}, in {dtypes}; {device}, {run.date}."
-    )
+    return f"{len(here)} measurements: workloads {workloads}, implementations {sides}, in {dtypes}; {where}."
 
 
 def wrong(records: Sequence[Record]) -> Iterator[str]:
@@ -101,8 +99,8 @@ def spread_of(ratios: Sequence[float | None]) -> str:
     known = [ratio for ratio in ratios if ratio is not None]
     if not known:
         return "–"
-    middle = f"{median(known):.3g}"
-    return middle if len(known) == 1 else f"{middle} ({min(known):.3g}–{max(known):.3g})"
+    middle = times(median(known))
+    return middle if len(known) == 1 else f"{middle} ({times(min(known))}–{times(max(known))})"
 
 
 def group_section(group: str, records: Sequence[Record]) -> Markup:
@@ -141,9 +139,9 @@ def latency_table(records: Sequence[Record], rivals: Rivals) -> Markup:
                         if replayed
                         else []
                     ),
-                    shown(rivals.times_dense(record), "{:.3g}".format),
-                    shown(rivals.times_reference(record), "{:.3g}".format),
-                    shown(record.over_floor, "{:.3g}".format),
+                    shown(rivals.times_dense(record), times),
+                    shown(rivals.times_reference(record), times),
+                    shown(record.over_floor, times),
                     shown(record.fraction_of_flops, "{:.0%}".format),
                     shown(record.fraction_of_bytes, "{:.0%}".format),
                     shown(record.peak_bytes, lambda value: quantity(value, "B")),
@@ -155,6 +153,11 @@ def latency_table(records: Sequence[Record], rivals: Rivals) -> Markup:
 def shown(value: float | None, text: Callable[[float], str]) -> str:
     """A value as text; a dash where there is none."""
     return "–" if value is None else text(value)
+
+
+def times(ratio: float) -> str:
+    """A ratio to three digits."""
+    return f"{ratio:.3g}" if ratio < 999.5 else f"{ratio:,.0f}"
 
 
 def flops_part(records: Sequence[Record]) -> Iterator[Markup]:
@@ -183,7 +186,8 @@ def floor_cards(here: Sequence[Record]) -> Iterator[Markup]:
     yield html.paragraph(
         "The floor: the fewest operations at the measured rate of a large GEMM in the dtype, or the fewest bytes "
         "(parameters, input, output and what the backward pass needs, once each) at the measured copying speed. Each "
-        "kind is set against the floor of its own layer.",
+        "kind is set against the floor of its own layer. Below 1: from call to call its bytes stay in the caches, "
+        "unlike those of the copy.",
         "note",
     )
 
@@ -198,27 +202,23 @@ def left_out_part(records: Sequence[Record]) -> Iterator[Markup]:
 
 
 def predictions(records: Sequence[Record]) -> Markup:
-    """Times on GPUs that are not here."""
-    cards = []
-    for gpu, of_gpu in parts(records, lambda record: record.predicted_for or ""):
-        rivals, rows = Rivals(of_gpu), list[list[str]]()
-        for title, of_title in parts(of_gpu, lambda record: f"{record.workload}, {side(record)}"):
-            rows.append([title])
-            rows += [
-                [
-                    record.implementation,
-                    shown(record.predicted_seconds, lambda value: quantity(value, "s")),
-                    shown(rivals.times_dense(record), "{:.3g}".format),
-                    shown(rivals.times_reference(record), "{:.3g}".format),
-                    shown(record.over_floor, "{:.3g}".format),
-                ]
-                for record in of_title
-            ]
-        headers = ("predicted, not measured", "latency", *RATIOS)
-        cards.append(
-            html.card(html.heading(f"{gpu}: predicted"), html.folded("Every figure", html.table(headers, rows)))
-        )
-    return html.section("Predicted, not measured", html.paragraph(PREDICTED, "warning"), *cards)
+    """Times on GPUs that are not here, and in brackets how many times the floor that is."""
+    gpus = list(dict.fromkeys(record.predicted_for or "" for record in records))
+    rows: list[list[str]] = []
+    for workload, of_workload in parts(records, lambda record: record.workload):
+        rows.append([workload])
+        for name, of_name in parts(of_workload, lambda record: f"{record.implementation}, {side(record)}"):
+            found = {record.predicted_for: record for record in of_name}
+            rows.append([name, *(predicted(found.get(gpu)) for gpu in gpus)])
+    card = html.card(html.table(("predicted (× floor)", *gpus), rows))
+    return html.section("Predicted, not measured", html.paragraph(PREDICTED, "warning"), card)
+
+
+def predicted(record: Record | None) -> str:
+    """A prediction as text."""
+    if record is None or record.predicted_seconds is None:
+        return "–"
+    return f"{quantity(record.predicted_seconds, 's')} ({shown(record.over_floor, times)})"
 
 
 def machines(records: Sequence[Record]) -> Iterator[Markup]:

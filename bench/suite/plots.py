@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mumoe_fast.bench.charts import Axis, Plot, Series, chart
-from mumoe_fast.bench.report import Markup
+from mumoe_fast.bench.report import Markup, paragraph
 from mumoe_fast.bench.suite.records import Record
 
 COLOURS = {"ours": (0, 4), "reference": (1, 6), "dense": (7,), "dense MoE": (3,), "sparse MoE": (2, 5)}
-FLOOR = "floor"
 SCALES = {"tokens": "tokens", "num_experts": "experts"}  # what a group of workloads may run over, and what it is called
 
 
@@ -51,6 +50,7 @@ def plots(records: Sequence[Record], title: str) -> Iterator[Markup]:
     if scale is None:
         for workload in dict.fromkeys(record.workload for record in records):
             rows = [record for record in records if record.workload == workload]
+            yield paragraph(workload)
             yield chart(_ranking(rows, LATENCY), _ranking(rows, MEMORY), title=f"{title}, {workload}")
         return
     for factorization in dict.fromkeys(r.factorization for r in records if r.factorization is not None):
@@ -76,7 +76,7 @@ def _curves(records: Sequence[Record], measure: Measure, scale: str) -> Plot:
         series.append(_series(records, rows, measure, place, lambda row: getattr(row, scale)))
     floors = {getattr(r, scale): floor for r in records if r.factorization and (floor := measure.floor(r)) is not None}
     if floors:
-        series.append(Series(FLOOR, sorted(floors.items()), COLOURS["dense"][0], "dotted"))
+        series.append(Series("floor of the μMoE", sorted(floors.items()), COLOURS["dense"][0], "dotted"))
     return Plot(series, Axis(SCALES[scale], scale="log2"), measure.axis)
 
 
@@ -119,7 +119,7 @@ def _ranking(records: Sequence[Record], measure: Measure) -> Plot:
             series.append(Series(kind, points, colours[0], "none", place, spread))
     floors = [(floor, float(at)) for at, row in enumerate(rows) if (floor := measure.floor(row)) is not None]
     if floors:
-        series.append(Series(FLOOR, floors, COLOURS["dense"][0], "none", len(COLOURS)))
+        series.append(Series("floor", floors, COLOURS["dense"][0], "none", len(COLOURS)))
     return Plot(series, measure.axis, axis)
 
 

@@ -15,27 +15,22 @@ def fastest(records: Sequence[Record], kind: str) -> Record | None:
 
 
 class Rivals:
-    """Records by what they may be compared over: workload, dtype, direction, and for predictions the GPU."""
+    """Measured records by what they may be compared over: workload, dtype and direction."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self._rows: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+        self._rows: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
         for record in records:
-            self._rows[self._place(record)].append(record)
-
-    @staticmethod
-    def _place(record: Record) -> tuple[str, ...]:
-        workload, _, *rest = record.key
-        return workload, *rest
+            self._rows[_place(record)].append(record)
 
     def times_dense(self, record: Record) -> float | None:
         """The record's seconds over the dense layer's."""
-        return self._times(record, fastest(self._rows[self._place(record)], "dense"))
+        return self._times(record, fastest(self._rows[_place(record)], "dense"))
 
     def times_reference(self, record: Record) -> float | None:
         """The record's seconds over those of the fastest reference of its factorisation."""
         if record.factorization is None:
             return None
-        rows = [row for row in self._rows[self._place(record)] if row.factorization == record.factorization]
+        rows = [row for row in self._rows[_place(record)] if row.factorization == record.factorization]
         return self._times(record, fastest(rows, "reference"))
 
     @staticmethod
@@ -43,3 +38,7 @@ class Rivals:
         if record.seconds is None or rival is None or rival.seconds is None:
             return None
         return record.seconds / rival.seconds
+
+
+def _place(record: Record) -> tuple[str, str, str]:
+    return record.workload, record.dtype, record.direction

@@ -80,6 +80,6 @@ def _without_figures() -> Iterator[Record]:
 
 def _predicted() -> Iterator[Record]:
     for record in _measured():
-        if record.group == "GPT-2 block" and record.dtype == "bfloat16" and record.kind in ("ours", "dense"):
+        if record.group == "GPT-2 block" and record.dtype == "bfloat16" and record.kind == "ours":
             assert record.latency is not None
             yield replace(record, latency=None, predicted_for="H100 SXM", predicted_seconds=record.latency.p50 / 900)
