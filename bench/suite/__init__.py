@@ -3,6 +3,7 @@
     mumoe bench                       # the quick suite: minutes
     mumoe bench --suite full          # everything, for a GPU or a patient CPU
     mumoe bench compare OLD NEW       # what moved between two runs
+    mumoe bench paper                 # the paper's tables by this library's counts
 
 `workloads` and `implementations` say what is compared, as data; `check` refuses what is wrong, `run` measures,
 `records` is what it writes, and `table` and `html` show it.
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
+from mumoe_fast.bench.paper import paper
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from mumoe_fast.bench.suite.records import Record
 
 bench = typer.Typer(invoke_without_command=True, help="Time μMoE layers beside everything that could replace them.")
+
+
+bench.command("paper")(paper)
 
 
 class SuiteName(StrEnum):
