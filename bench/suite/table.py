@@ -1,4 +1,4 @@
-"""The records as a table for people, and below it what was left out and why."""
+"""The records as tables for people, and below them what was left out and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from mumoe_fast.bench.suite.compare import PEAK, Change, Comparison
 from mumoe_fast.bench.suite.records import Record, measured
 
-COLUMNS = ("", "median", "p20 – p80", "× dense", "× floor", "GEMM rate", "peak memory")
+COLUMNS = ("implementation", "median", "p20 – p80", "× dense", "× floor", "GEMM rate", "peak memory")
 LEGEND = (
     "Medians of calls in turns, on the same input and in random order, and the spread of their bursts; × dense: by "
     "the dense layer's median; × floor: by the least time that the machine's copy bandwidth and GEMM rate allow; "
@@ -24,16 +24,16 @@ LEGEND = (
 
 
 def show(records: Sequence[Record], console: Console) -> None:
-    """Print the table, then the reasons."""
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+    """Print a table per comparison, then the reasons."""
     for title, rows in _comparisons(measured(records)):
-        table.add_row(title, style="bold")
+        table = Table(
+            *COLUMNS, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        for column in table.columns[1:]:
+            column.justify, column.no_wrap = "right", True
         for row in rows:
             table.add_row(*row)
-        table.add_section()
-    console.print(table)
+        console.print(table)
     console.print(LEGEND, style="dim", highlight=False)
     for (name, reason), workloads in left_out(records).items():
         console.print(f"left out: {name}: {reason} ({'; '.join(workloads)})", style="yellow", markup=False)
@@ -55,7 +55,7 @@ def _cells(record: Record, dense: float | None) -> tuple[str, ...]:
     latency = record.latency
     assert latency is not None
     return (
-        f"  {record.implementation}",
+        record.implementation,
         duration(latency.p50),
         f"{duration(latency.p20)} – {duration(latency.p80)}",
         _times(None if dense is None else latency.p50 / dense),
