@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WIDTH, WIDE, HEIGHT = 760, 960, 380  # user units of the SVG, in which text is 12 high; wide: of several plots
 ROW_HEIGHT = 26  # of one category
 MARKERS = "oDs^v<>p"
-MISSING = "Charts need matplotlib: pip install 'mumoe-fast[bench]'."
+MISSING = "Charts need matplotlib: pip install matplotlib."
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def run_suite(
         float | None, typer.Option(min=0, help="Of calls, for all sides of a comparison; as the suite says.")
     ] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Where results.jsonl and report.html go.")] = Path(
-        "bench-results"
+        "runs/bench"
     ),
 ) -> None:
     """Check, time and weigh the implementations; write results.jsonl and report.html."""
