@@ -141,7 +141,10 @@ def _draw(plots: Sequence[Plot]) -> str:
             _set_axis(axes, "x", plot.x, [x for x, _ in points])
             _set_axis(axes, "y", plot.y, [y for _, y in points])
             for place, one in enumerate(plot.series):
-                handles[one.name] = _plot(axes, _group(number, place), one, sideways=bool(categories))
+                (handle,) = _plot(axes, one, sideways=bool(categories))
+                layer = 3 if one.line == "faint" else 4  # and in each the first on top; spreads are below, at 2
+                handle.set(gid=_group(number, place), zorder=layer - place / len(plot.series))
+                handles[one.name] = handle
         if len(handles) > 1 or not categories:
             figure.legend(handles.values(), handles, loc="outside upper left", ncols=columns, handlelength=2.2)
         return _svg(figure)
@@ -172,15 +175,14 @@ def _set_axis(axes: Axes, name: Literal["x", "y"], axis: Axis, values: Sequence[
     ruler.set_major_formatter(FuncFormatter(lambda value, _: axis.show(value)))
 
 
-def _plot(axes: Axes, group: str, one: Series, sideways: bool) -> Line2D:
+def _plot(axes: Axes, one: Series, sideways: bool) -> list[Line2D]:
     """One series, with its spread behind it."""
     colour, faint = _SERIES[one.colour % len(_SERIES)], one.line == "faint"
     x, y = [x for x, _ in one.points], [y for _, y in one.points]
-    (drawn,) = axes.plot(
+    drawn = axes.plot(
         x,
         y,
         label=one.name,
-        gid=group,
         color=colour,
         linewidth=1.2 if faint else 1.8,
         alpha=0.5 if faint else None,
@@ -190,7 +192,6 @@ def _plot(axes: Axes, group: str, one: Series, sideways: bool) -> Line2D:
         markeredgecolor=_CARD,
         markeredgewidth=1.2,
         clip_on=False,
-        zorder=3,
     )
     if one.spread:
         lines, at = (axes.hlines, y) if sideways else (axes.vlines, x)

@@ -160,6 +160,15 @@ def test_what_is_wrong_or_cannot_run_is_not_timed() -> None:
     assert "WRONG wrong: wrong: " in text
 
 
+def test_a_workload_whose_input_is_not_there_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no demo was run
+    trained = replace(TINY, name="trained", block=0)
+    sides = [Case(trained, side, torch.float32, FORWARD) for side in (REFERENCE, DENSE_SIDE)]
+    records = list(runner.run(sides, CPU, seconds=0.05, verify=lambda *_: None))
+    assert len(records) == 2
+    assert all(record.refused is not None and "`mumoe demo` writes it" in record.refused for record in records)
+
+
 def test_an_implementation_outside_the_rule_is_not_timed() -> None:
     asked = []
 
