@@ -59,7 +59,6 @@ def test_what_can_run_on_a_cpu_does() -> None:
     ("name", "workload", "device", "reason"),
     [
         ("CP triton", LAYER, "cpu", "Triton compiles for GPUs"),
-        ("Tucker native", LAYER, "cpu", "no tucker"),
         ("CP native", LAYER, "cuda", "for CPU tensors"),
         ("sparse MoE, grouped_mm", replace(LAYER, features=(30, 24)), "cpu", "rows of whole 16 bytes"),
         ("sparse MoE, grouped_mm", LAYER, "cuda", "takes bfloat16"),
