@@ -10,10 +10,10 @@ else
 TORCH ?= torch==2.13.0 triton==3.9.0
 endif
 
-.PHONY: help demo test lint format static clean
+.PHONY: help demo bench microbench test lint format static clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*)
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,12 @@ $(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/s
 
 demo: $(BIN)/.installed ## Train a small GPT with and without μMoE MLPs, print the table, write report.html
 	$(BIN)/mumoe demo
+
+bench: $(BIN)/.installed ## Run the quick benchmark suite, print the table, write runs/bench/report.html
+	$(BIN)/mumoe bench
+
+microbench: $(BIN)/.installed ## Time kernels and layers with pytest-benchmark and save the run in .benchmarks
+	$(BIN)/python -m pytest tests/microbench -q -o python_files='bench_*.py' --benchmark-autosave
 
 test: $(BIN)/.installed ## Run the tests
 	$(BIN)/python -m pytest -n auto -q -m 'not slow'

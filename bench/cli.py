@@ -1,4 +1,4 @@
-"""The command line `mumoe`: what runs here, the demo, the CPU table, the static checks and the numerics."""
+"""The command line `mumoe`: what runs here, the demo, the benchmarks, the numerics and the static checks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mumoe_fast._version import __version__
 from mumoe_fast.bench import demo as demonstration
 from mumoe_fast.bench.cpu import cpu
 from mumoe_fast.bench.static import static
+from mumoe_fast.bench.suite import bench
 from mumoe_fast.bench.verify import verify
 from mumoe_fast.ops import dispatch, native_gemm
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("static")(static)
 app.command("cpu")(cpu)
 app.command("verify")(verify)
+app.add_typer(bench, name="bench")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

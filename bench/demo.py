@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from mumoe_fast.bench.demo_checkpoint import CHECKPOINT, save_activations
 from mumoe_fast.bench.demo_result import Demo, Row, page, show
 from mumoe_fast.bench.experts import ExpertText, collect_coefficients, describe_expert, pick_experts
 from mumoe_fast.bench.measure import count_flops, describe_machine, interleaved_seconds, peak_bytes
@@ -112,7 +113,10 @@ def run(
     )
     show(demo, console)
     output.write_text(page(demo), encoding="utf-8")
-    console.print(f"The report is in {output}", markup=False)
+    windows, _ = corpus.held_out_windows(model.context)
+    checkpoint = output.with_name(CHECKPOINT.name)
+    save_activations(checkpoint, trainers["μMoE"].model, windows)
+    console.print(f"The report is in {output}; what `mumoe bench` uses of the gates is in {checkpoint}", markup=False)
     return demo
 
 

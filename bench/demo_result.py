@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mumoe_fast.bench import report as html
+from mumoe_fast.bench.charts import Axis, Plot, Series, chart
 from mumoe_fast.bench.experts import ExpertText
 from mumoe_fast.examples.train_gpt import ModelConfig, Record, TrainConfig
 
@@ -115,7 +116,7 @@ def page(demo: Demo) -> str:
         f"{training.batch} × {model.context} bytes a step, {demo.done} steps; {demo.text_bytes[0]:,} bytes of text to "
         f"train on and {demo.text_bytes[1]:,} held out."
     )
-    chart = html.line_chart(loss_curves(demo), title="Loss curves", x_label="step", y_label="loss, nats per byte")
+    losses = Plot(loss_curves(demo), Axis("step"), Axis("loss, nats per byte"))
     return html.page(
         "μMoE and dense, side by side",
         html.paragraph(lead, "lead"),
@@ -128,7 +129,7 @@ def page(demo: Demo) -> str:
         ),
         html.section(
             "Loss",
-            html.card(chart),
+            html.card(chart(losses, title="Loss curves")),
             html.paragraph(
                 f"Training loss is a running mean; held-out loss is on {training.evaluate_windows} windows spread over "
                 "the held-out text.",
@@ -154,15 +155,15 @@ def expert_card(expert: ExpertText) -> html.Markup:
     return html.card(html.heading(title(expert)), *lines)
 
 
-def loss_curves(demo: Demo) -> list[html.Series]:
+def loss_curves(demo: Demo) -> list[Series]:
     """Smoothed training loss and held-out points of each model."""
     curves = []
     for colour, (name, records) in enumerate(demo.records.items()):
         smooth = running_mean([record.loss for record in records])
         train = [(float(record.step), value) for record, value in zip(records, smooth, strict=True)]
         points = [(float(record.step), record.held_out) for record in records if record.held_out is not None]
-        curves.append(html.Series(f"{name}, training", train, colour, "faint"))
-        curves.append(html.Series(f"{name}, held out", points, colour, "dots"))
+        curves.append(Series(f"{name}, training", train, colour, "faint"))
+        curves.append(Series(f"{name}, held out", points, colour, marker=0))
     return curves
 
 

@@ -9,16 +9,25 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import timeit
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
+import torch.utils.benchmark
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mumoe_fast._version import __version__
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+Clock = Callable[[Callable[[], object], int], float]  # (action, repeats) → seconds of one call
 
 
 def count_flops(forward: Callable[[], object]) -> int:
@@ -32,29 +41,57 @@ def count_flops(forward: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
+def wall_clock(action: Callable[[], object], repeats: int) -> float:
+    """Seconds of one of `repeats` calls, by torch's benchmark timer: it waits for an accelerator, and nothing collects
+    garbage meanwhile.
+    """
+    return timeit.Timer(action, timer=torch.utils.benchmark.timer).timeit(repeats) / repeats
+
+
 def interleaved_seconds(
-    actions: Mapping[str, Callable[[], object]], *, bursts: int, repeats: int, limit: float = math.inf, seed: int = 0
+    actions: Mapping[str, Callable[[], object]],
+    *,
+    bursts: int,
+    repeats: int | Callable[[float], int],
+    limit: float = math.inf,
+    seed: int = 0,
+    clock: Clock = wall_clock,
 ) -> dict[str, list[float]]:
     """Seconds per call of each action, one figure per burst of `repeats` calls.
 
     The actions take turns in an order drawn anew each time, so that a slow phase of the machine meets all of them; one
-    call of each goes ahead uncounted. An action must wait for its device before it returns. Once `limit` seconds have
-    passed, three bursts are enough.
+    call of each goes ahead uncounted, whose seconds a function `repeats` is given. Once `limit` seconds have passed,
+    three bursts are enough.
     """
     order, shuffle, started = list(actions), random.Random(seed), time.perf_counter()
-    for name in order:
-        actions[name]()
+    ahead = {name: clock(actions[name], 1) for name in order}
+    calls = {name: repeats if isinstance(repeats, int) else repeats(ahead[name]) for name in order}
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for burst in range(bursts):
         if burst >= 3 and time.perf_counter() - started > limit:
             break
         shuffle.shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                actions[name]()
-            seconds[name].append((time.perf_counter() - start) / repeats)
+            seconds[name].append(clock(actions[name], calls[name]))
     return seconds
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """A quantile of the values, between neighbours linearly."""
+    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
+
+
+def in_fresh_process(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    """What the function returns in a process that has done nothing else; it and its arguments must pickle.
+
+    Where the system can, the process is forked from one that has imported this package and nothing more, which is
+    many times quicker than importing torch anew.
+    """
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    if hasattr(context, "set_forkserver_preload"):
+        context.set_forkserver_preload(["mumoe_fast.bench.cli"])
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(function, *args, **kwargs).result()
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:

@@ -6,16 +6,17 @@
 //   dU_out = dyᵀ c,  dcore = Σ_t v dcᵀ,  dB = uᵀ dv,  du = dv B,  dA_e = du with every other level's mode contracted
 //   da_e = dA_e U_eᵀ,  dU_e = a_eᵀ dA_e,  dU_in = dBᵀ act(z),  db = Σ_t dB,  dz = act'(z) ⊙ (dB U_in)
 //
-// v and dv are M·R_I numbers a token, and all FLOPs that matter are their three GEMMs with the core. They exist in
-// pieces that stay in the caches: of the tokens where v and dv meet the core, and of the modes m where v makes the
-// core's gradient, which so needs no sum over pieces.
+// v and dv are M·R_I numbers a token, and most of the time are their three GEMMs with the core, which cost what they
+// cost anyone: what can be saved is memory. v and dv exist in pieces: of the tokens where they meet the core, and of
+// the modes m where v makes the core's gradient, which so needs no sum over pieces.
 #include "experts.h"
 
 namespace mumoe {
 namespace {
 
-// Elements of v or dv at a time, as far as that leaves this many tokens for a GEMM.
-constexpr int64_t kOuterElements = 1 << 20, kOuterTokens = 128;
+// Elements of v or dv at a time, as far as that leaves this many tokens for a GEMM. Pieces of 2^19 to 2^23 elements
+// take the same time but for a GEMM of few left-over tokens.
+constexpr int64_t kOuterElements = 1 << 21, kOuterTokens = 128;
 
 // The outer product of the vectors of a token's levels [first, last), one after the other.
 class OuterProduct {

@@ -6,23 +6,20 @@ rule says (`testing.acceptance`; eager is the reference in the same dtype). Of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_fast.bench.cpu.workloads import FORWARD, MEMORY, OURS, Factory, Goal, Workload
-from mumoe_fast.bench.measure import interleaved_seconds, peak_bytes
+from mumoe_fast.bench.cpu.workloads import MEMORY, OURS, Factory, Goal, Workload
+from mumoe_fast.bench.measure import in_fresh_process, interleaved_seconds, peak_bytes, quantile
+from mumoe_fast.bench.step import FORWARD, action, random_tokens, results, truth, upstream
 from mumoe_fast.ops import native_gemm
 from mumoe_fast.ops.dispatch import NATIVE_READY
 from mumoe_fast.testing.acceptance import Verdict, judge
-
-TOKEN_GROUPS = 32
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Measurement:
 
     def quantile(self, q: float) -> float:
         """A quantile of the values, between neighbours linearly."""
-        return _quantile(self.values, q)
+        return quantile(self.values, q)
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def compare(goal: Goal, ours: Measurement, theirs: Measurement) -> Comparison:
     """Hold two sides that took turns against a goal."""
     ratios = [goal.ratio(a, b) for a, b in zip(ours.values, theirs.values, strict=True)]
     ratio = goal.ratio(median(ours.values), median(theirs.values))
-    return Comparison(goal, ratio, _quantile(ratios, 0.25), _quantile(ratios, 0.75))
+    return Comparison(goal, ratio, quantile(ratios, 0.25), quantile(ratios, 0.75))
 
 
 def measure(
@@ -110,14 +107,14 @@ def check(workload: Workload) -> tuple[tuple[Verdict, ...], str | None]:
     """Judge our side's outputs, and its gradients if any direction needs them; a sentence if it may not be timed."""
     dtype, backward = workload.dtype, set(workload.goals) != {FORWARD}
     x, exact = tokens(workload), build(workload.exact, workload.dtype)
-    dy = _upstream(exact, x) if backward else None
+    dy = upstream(exact, x) if backward else None
     try:
-        ours = _results(build(workload.ours, dtype), x, dy)
+        ours = results(build(workload.ours, dtype), x, dy)
     except (RuntimeError, ImportError) as error:
         return (), f"cannot run: {error}"
-    eager = _results(exact, x, dy)
-    truth, magnitude = _truth(exact.double(), x.double(), None if dy is None else dy.double())
-    verdicts = tuple(judge(name, ours[name], eager[name], y, magnitude[name], dtype) for name, y in truth.items())
+    eager = results(exact, x, dy)
+    by_truth, magnitude = truth(exact.double(), x.double(), None if dy is None else dy.double())
+    verdicts = tuple(judge(name, ours[name], eager[name], y, magnitude[name], dtype) for name, y in by_truth.items())
     wrong = sorted((verdict for verdict in verdicts if not verdict.passed), key=lambda v: -v.of_allowance)
     return verdicts, f"wrong: {wrong[0]}" if wrong else None
 
@@ -130,65 +127,7 @@ def build(factory: Factory, dtype: torch.dtype) -> nn.Module:
 
 def tokens(workload: Workload) -> Tensor:
     """The input that all sides share."""
-    return torch.randn(workload.input_size, generator=torch.Generator().manual_seed(1)).to(workload.dtype)
-
-
-def _upstream(module: nn.Module, x: Tensor) -> Tensor:
-    """A random gradient of the module's output, the same for every side."""
-    with torch.no_grad():
-        y = module(x)
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-
-
-def _results(module: nn.Module, x: Tensor, dy: Tensor | None) -> dict[str, Tensor]:
-    """y without gradients; and if dy is there y as a training step has it, and every gradient."""
-    with torch.no_grad():
-        results = {"y": module(x)}
-    if dy is not None:
-        x = x.detach().requires_grad_()
-        y = module(x)
-        named = {"x": x, **dict(module.named_parameters())}
-        gradients = torch.autograd.grad(y, list(named.values()), dy)
-        results |= {"y in training": y.detach()} | {f"d{name}": g for name, g in zip(named, gradients, strict=True)}
-    return results
-
-
-def _truth(module: nn.Module, x: Tensor, dy: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`_results`, and what is certain of the rule's t̄, from groups of tokens.
-
-    A parameter's gradient is the sum of the groups' own, and t̄, the same sum of absolute values token by token, is at
-    least that group by group. What has tokens is put together again, and gets no t̄.
-    """
-    groups = zip(x.chunk(TOKEN_GROUPS), [None] * TOKEN_GROUPS if dy is None else dy.chunk(TOKEN_GROUPS))
-    by_token: dict[str, list[Tensor]] = {"y": [], "y in training": [], "dx": []}
-    total: dict[str, Tensor] = {}
-    magnitude: dict[str, Tensor] = {}
-    for group in groups:
-        for name, value in _results(module, *group).items():
-            if name in by_token:
-                by_token[name].append(value)
-            elif name in total:
-                total[name] += value
-                magnitude[name] += value.abs_()
-            else:
-                total[name], magnitude[name] = value.clone(), value.abs()
-    truth = {name: torch.cat(values) for name, values in by_token.items() if values} | total
-    return truth, {name: torch.zeros(()) for name in by_token} | magnitude
-
-
-def _action(module: nn.Module, x: Tensor, direction: str) -> Callable[[], object]:
-    if direction == FORWARD:
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                y: Tensor = module(x)
-            return y
-
-        return forward
-    x = x.detach().requires_grad_()
-    wanted = [x, *module.parameters()]
-    dy = _upstream(module, x)
-    return lambda: torch.autograd.grad(module(x), wanted, dy)
+    return random_tokens(*workload.input_size, dtype=workload.dtype)
 
 
 def _take_turns(
@@ -200,22 +139,21 @@ def _take_turns(
     missing = {}
     for name, side in sides.items():
         try:
-            action = _action(build(side, workload.dtype), x, direction)
-            action()  # compiles what is compiled
+            act = action(build(side, workload.dtype), x, direction)
+            act()  # compiles what is compiled
         except (ImportError, RuntimeError) as error:
             if name == OURS:
                 raise
             missing[name] = str(error).splitlines()[0]
         else:
-            actions[name] = action
+            actions[name] = act
     taken = interleaved_seconds(actions, bursts=repeats, repeats=workload.calls, limit=seconds)
     return {name: Measurement(name, tuple(values)) for name, values in taken.items()}, missing
 
 
 def _peak_apart(workload: Workload, side: Factory, gemm: str | None) -> float:
     """The peak of a training step in a process that has done nothing else."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(peak_of_step, replace(workload, gemm=gemm), side, torch.get_num_threads()).result()
+    return in_fresh_process(peak_of_step, replace(workload, gemm=gemm), side, torch.get_num_threads())
 
 
 def peak_of_step(workload: Workload, side: Factory, threads: int) -> float:
@@ -223,7 +161,7 @@ def peak_of_step(workload: Workload, side: Factory, threads: int) -> float:
     torch.set_num_threads(threads)
     module, x = build(side, workload.dtype), tokens(workload).requires_grad_()
     with on_gemm(workload.gemm):
-        dy = _upstream(module, x)
+        dy = upstream(module, x)
         module(x).backward(dy)
         module.zero_grad(set_to_none=True)
         x.grad = None
@@ -248,7 +186,3 @@ def on_gemm(name: str | None) -> Iterator[None]:
         yield
     finally:
         native_gemm.use(before)
-
-
-def _quantile(values: Sequence[float], q: float) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(q))

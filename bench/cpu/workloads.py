@@ -13,11 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from mumoe_fast.bench.step import FORWARD, STEP
 from mumoe_fast.functional import entmax
 from mumoe_fast.layers import MuMoE, MuMoEMLP
 
-FORWARD = "forward"  # without gradients
-STEP = "forward+backward"  # the gradients of the input and of every parameter
 MEMORY = "peak memory"  # of a step
 
 OURS = "native"

@@ -57,6 +57,9 @@ def static(
     target: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(ARCHITECTURES)}; all.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Compilers at a time; one per core.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every finding as JSON.")] = None,
+    excess_file: Annotated[
+        Path | None, typer.Option("--excess", help="Write how many times the least each kernel moves, as JSON.")
+    ] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables as Markdown.")] = None,
 ) -> None:
     """Compile every kernel for GPUs that need not be here, and check registers, instructions and bytes."""
@@ -65,6 +68,7 @@ def static(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
+    from mumoe_fast.bench.static.bytes import worst_excess
     from mumoe_fast.bench.static.report import markdown, print_report
 
     dtypes = _chosen("--dtype", dtype, DTYPES, [QUICK_DTYPE] if quick else DTYPES)
@@ -82,6 +86,8 @@ def static(
     print_report(report, console)
     if json_file is not None:
         json_file.write_text(json.dumps(report.as_json(), indent=1))
+    if excess_file is not None:
+        excess_file.write_text(json.dumps(worst_excess(report.traffics), indent=1) + "\n")
     if markdown_file is not None:
         markdown_file.write_text(markdown(report))
     if report.violations:

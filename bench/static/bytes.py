@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -163,6 +163,14 @@ def count(dtype: torch.dtype, *, run: Callable[..., Any] = subprocess.run) -> li
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return [Traffic(**row) for row in json.loads(done.stdout)]
+
+
+def worst_excess(traffics: Iterable[Traffic]) -> dict[str, float]:
+    """Of every kernel the largest excess of its launches."""
+    worst: dict[str, float] = {}
+    for traffic in traffics:
+        worst[traffic.kernel] = max(worst.get(traffic.kernel, 1.0), round(traffic.excess, 3))
+    return dict(sorted(worst.items()))
 
 
 def main(dtype: torch.dtype) -> None:

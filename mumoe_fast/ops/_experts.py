@@ -134,7 +134,7 @@ class Family:
         levels = sum(map(prod, experts))
         again = levels * int(len(experts) > 1 and bool(need_a or need_experts))
         own = sum(size * needed for size, needed in zip(sizes, need_shared, strict=True))
-        through = sizes[-1] + sizes[0] * need_z + levels * (need_a + need_experts) + again
+        through = sum(sizes[1:]) + sizes[0] * need_z + levels * (need_a + need_experts) + again
         return 2 * z[0] * (own + through + 2 * self.chain(experts, shared))
 
 

@@ -28,7 +28,7 @@ def test_info_says_what_auto_picks_and_why() -> None:
     assert "float64 goes to" in text
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "static", "cpu", "verify"])
+@pytest.mark.parametrize("command", ["info", "demo", "static", "cpu", "verify", "bench"])
 def test_every_command_explains_itself(command: str) -> None:
     assert "Usage" in run(command, "--help")
 

@@ -19,8 +19,6 @@ from mumoe_fast.bench.cpu import workloads as table
 from mumoe_fast.bench.cpu.measure import (
     Measurement,
     Outcome,
-    _results,
-    _truth,
     build,
     check,
     compare,
@@ -28,7 +26,8 @@ from mumoe_fast.bench.cpu.measure import (
     on_gemm,
 )
 from mumoe_fast.bench.cpu.report import json_lines, show, table_rows
-from mumoe_fast.bench.cpu.workloads import FORWARD, MEMORY, OURS, STEP, WORKLOADS, Workload, faster, within
+from mumoe_fast.bench.cpu.workloads import MEMORY, OURS, WORKLOADS, Workload, faster, within
+from mumoe_fast.bench.step import FORWARD, STEP, results, truth
 from mumoe_fast.layers import MuMoE
 from mumoe_fast.ops import native_gemm
 from mumoe_fast.ops.dispatch import NATIVE_READY
@@ -129,15 +128,15 @@ def test_a_wrong_side_is_not_timed(forward: float, backward: float, blamed: str)
 def test_the_truth_by_groups_of_tokens_is_the_truth() -> None:
     module = build(tiny_layer, torch.float64)
     x, dy = torch.randn(67, 12, dtype=torch.float64), torch.randn(67, 10, dtype=torch.float64)
-    whole = _results(module, x, dy)
-    truth, magnitude = _truth(module, x, dy)
-    torch.testing.assert_close(truth, whole)
+    whole = results(module, x, dy)
+    exact, magnitude = truth(module, x, dy)
+    torch.testing.assert_close(exact, whole)
     # t̄ of the output factor's gradient, token by token, is what the groups' must not exceed.
-    each = [_results(module, *token)["dexperts.out_factor"].abs() for token in zip(x.split(1), dy.split(1))]
+    each = [results(module, *token)["dexperts.out_factor"].abs() for token in zip(x.split(1), dy.split(1))]
     name = "dexperts.out_factor"
-    assert (magnitude[name] >= truth[name].abs() - 1e-12).all()
+    assert (magnitude[name] >= exact[name].abs() - 1e-12).all()
     assert (magnitude[name] <= sum(each) + 1e-12).all()
-    assert magnitude[name].max() > 1.5 * truth[name].abs().max()
+    assert magnitude[name].max() > 1.5 * exact[name].abs().max()
 
 
 def test_a_side_that_is_only_wrong_in_backward_is_found_only_where_backward_is_asked() -> None:

@@ -22,6 +22,7 @@ from mumoe_fast.bench.static.occupancy import ARCHITECTURES, KIB, occupancy, res
 from mumoe_fast.bench.static.report import Report, markdown
 from mumoe_fast.bench.static.sass import Binary, Dot, count_amdgcn, count_sass, parse_dots, parse_resource_usage
 
+EXCESS = Path(static_bytes.__file__).with_name("excess.json")
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="bytes are counted in the interpreter")
 
 
@@ -286,8 +287,11 @@ def test_bad_kernels_are_caught() -> None:
 
 @pytest.mark.compile_only
 @pytest.mark.timeout(1200)  # a minute and a half on two idle cores
-def test_the_kernels_keep_the_rules_on_sm_90_in_bfloat16() -> None:
+def test_the_kernels_keep_the_rules_on_sm_90_in_bfloat16(tmp_path: Path) -> None:
     done = _run_compiling(
-        "-c", "import typer; from mumoe_fast.bench.static import static; typer.run(static)", "--quick"
+        *("-c", "import typer; from mumoe_fast.bench.static import static; typer.run(static)"),
+        *("--quick", "--excess", str(tmp_path / "excess.json")),
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    # What predictions are made of is what was counted: `bench static --quick --excess bench/static/excess.json`.
+    assert (tmp_path / "excess.json").read_text() == EXCESS.read_text()

@@ -61,9 +61,9 @@ def test_activations(activation: str, dtype: torch.dtype) -> None:
 
 
 def test_tokens_and_modes_in_pieces() -> None:
-    """130 tokens of 8,320 numbers of v, and 8 modes of 1,040 for 130 tokens, exceed what there is at a time."""
-    check(tucker_problem(130, 5, 3, (6,), (8, 1040, 2)))
-    check(tucker_problem(300, 5, 3, (6, 4), (5, 4, 210, 3)))
+    """130 tokens of 16,640 numbers of v, and 8 modes of 2,080 for 130 tokens, exceed what there is at a time."""
+    check(tucker_problem(130, 5, 3, (6,), (8, 2080, 2)))
+    check(tucker_problem(300, 5, 3, (6, 4), (5, 4, 420, 3)))
 
 
 @pytest.mark.parametrize("needed", [*((name,) for name in TUCKER_NEEDS), ("z", "in_bias"), ()])
