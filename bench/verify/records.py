@@ -51,6 +51,10 @@ class Row:
         error = verdict.error if verdict.finite else math.inf
         return Row(case.name, verdict.name, impl, device.type, error, verdict.eager_error, verdict.allowance)
 
+    def __str__(self) -> str:
+        what = self.failure or f"error {self.error:.2e} is {self.of_allowance:.2f} of the allowed {self.allowance:.2e}"
+        return f"{self.name} by {self.impl}: {what}"
+
     @property
     def name(self) -> str:
         """Family, input, dtype and result: what ``--only`` searches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_quick_verify_says_what_fails(monkeypatch: pytest.MonkeyPatch, device: t
         ("entmax", "float32", "dx"),
     ]
     assert failed == worst_first(failed)
+    assert re.fullmatch(r"entmax/.*/float32/a by triton: error \S+ is \S+ of the allowed \S+", str(failed[0]))
 
 
 def test_a_case_that_raises_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
