@@ -28,6 +28,8 @@ struct RowsOf {
   // dx̂ = g ⊙ (da − Σ g·da / Σ g), g = a^{2−α}. Here and below scratch holds 3(N + 16) floats.
   void (*entmax_backward)(const S* da, const S* a, int64_t N, float alpha, S* dx, float* scratch);
   void (*entmax_backward_of_logits)(const S* da, const S* a, int64_t N, float alpha, float* dx, float* scratch);
+  // The same, and the row's share of α's gradient, for α > 1.
+  float (*learned_entmax_backward)(const S* da, const S* a, int64_t N, float alpha, S* dx, float* scratch);
   // ds = σ⁻¹ (dx̂ − x̂·mean(dx̂ ⊙ x̂)) from the logits s with their mean and σ⁻¹.
   void (*layer_norm_entmax_backward)(
       const S* da, const S* a, const float* s, int64_t N, float alpha, float mean, float rstd, S* ds,

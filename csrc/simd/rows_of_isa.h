@@ -17,6 +17,7 @@ constexpr RowsOf<S> table() {
       .entmax_of_logits = entmax<float, S>,
       .entmax_backward = entmax_backward<S, S>,
       .entmax_backward_of_logits = entmax_backward<S, float>,
+      .learned_entmax_backward = learned_entmax_backward<S>,
       .layer_norm_entmax_backward = layer_norm_entmax_backward<S>,
       .entmax_backward_on_support = entmax_backward_on_support<S>,
       .count_nonzero = count_nonzero<S>,

@@ -88,6 +88,30 @@ def entmax_problem(x: Tensor, da: Tensor, alpha: float) -> Expected:
     return Expected(truth, eager, {"a": t_a, "dx": t_dx}, x.dtype)
 
 
+def alpha_gradient(a: Tensor, da: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Each row's share (T,) of dα (Correia et al., 2019) from float64 coefficients, and the sum on absolute values."""
+    beta = alpha - 1
+    g = torch.where(a > 0, a.clamp(min=1e-300) ** (1 - beta), 0)
+    share, entropy = g / g.sum(-1, keepdim=True), -torch.xlogy(a, a)
+    total = entropy.sum(-1, keepdim=True)
+    slope = (a - share) / beta**2 + (entropy - share * total) / beta
+    return (da * slope).sum(-1), (da.abs() * ((a + share) / beta**2 + (entropy + share * total) / beta)).sum(-1)
+
+
+def learned_alpha_problem(x: Tensor, da: Tensor, alpha: float) -> Expected:
+    """``dalpha`` (T,) in float32, the rows' shares of dα; eager has them by the formula from its stored coefficients.
+
+    By rows, because the rule's eager error is a maximum: that of the sum alone is close to zero now and then by chance.
+    """
+    leaf = torch.full((len(x), 1), alpha, dtype=torch.float64, device=x.device, requires_grad=True)
+    a = reference.entmax(x.double(), leaf)
+    (truth,) = torch.autograd.grad(a, leaf, da.double())
+    _, magnitude = alpha_gradient(a.detach(), da.double(), alpha)
+    stored = reference.entmax(x.float(), torch.tensor(alpha, device=x.device)).to(x.dtype)
+    eager, _ = alpha_gradient(stored.double(), da.double(), alpha)
+    return Expected({"dalpha": truth.squeeze(1)}, {"dalpha": eager}, {"dalpha": magnitude}, torch.float32)
+
+
 def gate_problem(
     z: Tensor,
     weight: Tensor,

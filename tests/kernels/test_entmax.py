@@ -19,7 +19,7 @@ from mumoe_fast.kernels.entmax import (
     learned_entmax_forward,
 )
 from mumoe_fast.testing.acceptance import judge
-from mumoe_fast.testing.problems_gate import entmax_problem
+from mumoe_fast.testing.problems_gate import alpha_gradient, entmax_problem, learned_alpha_problem
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -192,15 +192,6 @@ class TestFarApart:
         assert torch.equal(entmax_backward(far, x.abs(), 1.5), entmax_backward(x, x.abs(), 1.5))
 
 
-def alpha_gradient(a: Tensor, da: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Correia et al.'s dα from coefficients in float64, and the same sum on absolute values."""
-    g = torch.where(a > 0, a.clamp(min=1e-300) ** (1 - beta), 0)
-    share, entropy = g / g.sum(-1, keepdim=True), -torch.xlogy(a, a)
-    total = entropy.sum(-1, keepdim=True)
-    slope = (a - share) / beta**2 + (entropy - share * total) / beta
-    return (da * slope).sum(), (da.abs() * ((a + share) / beta**2 + (entropy + share * total) / beta)).sum()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [1.05, 1.25, 1.5, 1.9])
 @pytest.mark.parametrize("N", [1, 17, MULTI_PASS])
@@ -212,12 +203,14 @@ def test_a_learned_alpha_gets_the_references_gradient(
     a = learned_entmax_forward(x, alpha)
     dx, dalpha = learned_entmax_backward(da, a, alpha)
     entmax_problem(x.cpu(), da.cpu(), value).accept({"a": a, "dx": dx})
-
-    leaf = alpha.clone().requires_grad_()
-    exact = reference.entmax(x.double(), leaf)
-    (truth,) = torch.autograd.grad(exact, leaf, da.double())
-    formula, magnitude = alpha_gradient(exact.detach(), da.double(), value - 1)
-    torch.testing.assert_close(formula, truth)  # the formula by which the kernel's rounding is judged
-    eager, _ = alpha_gradient(exact.detach().to(dtype).double(), da.double(), value - 1)
-    verdict = judge("dalpha", dalpha, eager, truth, magnitude, torch.float32)
+    expected = learned_alpha_problem(x, da, value)
+    sums = (shares["dalpha"].sum() for shares in (expected.eager, expected.truth, expected.magnitude))
+    verdict = judge("dalpha", dalpha, *sums, torch.float32)
     assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("value", [1.05, 1.5, 1.9])
+def test_the_formula_by_which_alphas_gradient_is_judged_is_its_gradient(value: float) -> None:
+    x, da = rows("normal", 5, 17).double(), torch.randn(5, 17, dtype=torch.float64)
+    a = reference.entmax(x, torch.tensor(value, dtype=torch.float64))
+    torch.testing.assert_close(alpha_gradient(a, da, value)[0], learned_alpha_problem(x, da, value).truth["dalpha"])

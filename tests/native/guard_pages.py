@@ -54,6 +54,7 @@ def gate(T: int, I: int, N: int, dtype: torch.dtype, norm: str, alpha: float, bi
     a = at_end_of_page(native.gate_forward(z, weight, b, **options))
     native.gate_backward(da, a, z, weight, b, **options, needs=[True] * 3)
     native.entmax_backward(da, native.entmax_forward(da, alpha), alpha)
+    native.learned_entmax_backward(da, at_end_of_page(a), at_end_of_page(torch.tensor([max(alpha, 1.1)])))
     s = at_end_of_page(native.gate_logits_forward(z, weight))
     native.gate_logits_backward(s, z, weight)
     mean, var = native.batch_norm_statistics(s)
