@@ -9,11 +9,22 @@ namespace mumoe {
 namespace {
 
 constexpr int64_t kRows = Bf16Dots::kRows, kColumns = Bf16Dots::kColumns;
+constexpr int64_t kFewTokens = 16;  // for which the weight is read once, as it is
 
 }  // namespace
 
+std::optional<Tensor> logits_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
+  if (!bias.has_value()) return std::nullopt;
+  Tensor row = as_contiguous(*bias);
+  return converted(converted(view(row, {1, row.size(0)}, {row.size(0), 1}), dtype), ScalarType::Float);
+}
+
 Logits::Logits(const Tensor& weight, ScalarType dtype, int64_t tokens) : N_(weight.size(0)), I_(weight.size(1)) {
   Tensor rounded = converted(weight, dtype);
+  if (dtype == ScalarType::BFloat16 && tokens <= kFewTokens) {
+    weight_ = with_dense_rows(rounded);
+    return;
+  }
   // packing reads the whole weight, which pays from some tokens on
   if (dtype != ScalarType::BFloat16 || bf16_dots() == nullptr || tokens < 4 * kRows) {
     weight_ = converted(rounded, ScalarType::Float);
@@ -32,7 +43,19 @@ Logits::Logits(const Tensor& weight, ScalarType dtype, int64_t tokens) : N_(weig
 }
 
 Tensor Logits::of(const Tensor& z) const {
-  return panels_.empty() ? linear(converted(z, ScalarType::Float), weight_) : by_bf16_dots(z);
+  if (!panels_.empty()) return by_bf16_dots(z);
+  if (weight_.scalar_type() == ScalarType::BFloat16) return by_rows(z);
+  return linear(converted(z, ScalarType::Float), weight_);
+}
+
+Tensor Logits::by_rows(const Tensor& z) const {
+  int64_t T = z.size(0);
+  Tensor tokens = as_contiguous(converted(z, ScalarType::Float)), s = empty<float>({T, N_});
+  parallel(N_, T * I_ / 2, [&](int64_t first, int64_t last) {
+    rows().half.dots(
+        data<float>(tokens), T, I_, data<bfloat16>(weight_), weight_.stride(0), first, last, data<float>(s), N_);
+  });
+  return s;
 }
 
 Tensor Logits::by_bf16_dots(const Tensor& z) const {

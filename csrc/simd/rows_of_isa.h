@@ -9,6 +9,7 @@ namespace {
 
 #include "entmax.h"
 #include "experts.h"
+#include "topk.h"
 
 template <class S>
 constexpr RowsOf<S> table() {
@@ -42,7 +43,7 @@ constexpr RowsOf<S> table() {
 }  // namespace
 
 extern const Rows kRows;
-const Rows kRows = {MUMOE_ISA_NAME, table<float>(), table<bfloat16>(), moments};
+const Rows kRows = {MUMOE_ISA_NAME, table<float>(), table<bfloat16>(), moments, find_above};
 
 }  // namespace MUMOE_ISA
 }  // namespace mumoe

@@ -138,9 +138,8 @@ def _backward(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, ...]:
-    module = launchers(impl, "mxd")
     tensors = (dy, A, B, z, values, indices, expert_factors, out_factor)
-    gradients = module.mxd_backward(*tensors, activation=activation, needs=module.MxDNeeds(*needs))
+    gradients = launchers(impl, "mxd").mxd_backward(*tensors, activation=activation, needs=tuple(needs))
     return tuple(absent(z) if gradient is None else gradient for gradient in gradients)
 
 
