@@ -15,7 +15,7 @@ from mumoe_fast._version import __version__
 from mumoe_fast.bench import demo as demonstration
 from mumoe_fast.bench.cpu import cpu
 from mumoe_fast.bench.static import static
-from mumoe_fast.ops import dispatch
+from mumoe_fast.ops import dispatch, native_gemm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,6 +60,8 @@ def info() -> None:
             hindrance = dispatch.obstacle(impl, device, torch.float32)
             table.add_row(str(device), impl, "yes" if hindrance is None else f"no: {hindrance}")
     console.print(table)
+    if dispatch.NATIVE_READY:
+        console.print(f"float32 GEMMs of the native kernels: {native_gemm.in_use()}")
 
 
 @app.command()

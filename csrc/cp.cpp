@@ -4,6 +4,8 @@
 //
 //   dU_out = dyᵀ h,  dA = dh ⊙ B,  dB = dh ⊙ A,  dA_e = dA ⊙ Π_{e' ≠ e} a_e' U_e'
 //   da_e = dA_e U_eᵀ,  dU_e = a_eᵀ dA_e,  dU_in = dBᵀ act(z),  db = Σ_t dB,  dz = act'(z) ⊙ (dB U_in)
+//
+// Of A and B only B is kept for backward: A is gathered once more from the few experts of a token.
 #include "cp.h"
 
 #include "experts.h"
@@ -52,32 +54,35 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   int64_t T = z.size(0), R = in_factor.size(0);
   std::vector<Contraction<S>> levels = contractions<S>(coefficients, expert_factors);
   Tensor B = activated_linear<S>(z, in_factor, activation);
-  Tensor A = empty<S>({save ? T : 0, R}), h = save ? empty<S>({T, R}) : B;
+  Tensor h = save ? empty<S>({T, R}) : B;
   std::optional<Tensor> bias = in_bias.has_value() ? std::optional(as_contiguous(*in_bias)) : std::nullopt;
-  Matrix<S> A_rows = matrix<S>(A), B_rows = matrix<S>(B), h_rows = matrix<S>(h);
+  Matrix<S> B_rows = matrix<S>(B), h_rows = matrix<S>(h);
   parallel(T, 16 * R, [&](int64_t first, int64_t last) {
     Scratch row(R), other(R);
     for (int64_t t = first; t < last; ++t) {
       product_row(levels, levels.size(), t, R, row.data(), other.data());
-      rows_of<S>().product(row.data(), B_rows[t], data<S>(bias), R, save ? A_rows[t] : nullptr, h_rows[t]);
+      rows_of<S>().product(row.data(), B_rows[t], data<S>(bias), R, h_rows[t]);
     }
   });
-  return {linear(h, out_factor), A, save ? B : empty<S>({0, R})};
+  return {linear(h, out_factor), empty<S>({0}), save ? B : empty<S>({0})};
 }
 
 template <class S>
 Gradients backward(
     const Tensor& dy, const Tensor& z, const std::vector<Tensor>& coefficients,
     const std::vector<Tensor>& expert_factors, const Tensor& in_factor, bool has_bias, const Tensor& out_factor,
-    const Tensor& A, const Tensor& B, Activation activation, Needs needs, bool support_only) {
+    const Tensor& B, Activation activation, Needs needs, bool support_only) {
   int64_t T = z.size(0), R = in_factor.size(0);
+  std::vector<Contraction<S>> levels = contractions<S>(coefficients, expert_factors);
   Tensor dB = gemm(dy, out_factor), dA = empty<S>({T, R}), h = empty<S>({T, R});
-  Tensor A_dense = with_dense_rows(A), B_dense = with_dense_rows(B);
-  Matrix<S> A_rows = matrix<S>(A_dense), B_rows = matrix<S>(B_dense), h_rows = matrix<S>(h);
+  Tensor B_dense = with_dense_rows(B);
+  Matrix<S> B_rows = matrix<S>(B_dense), h_rows = matrix<S>(h);
   Matrix<S> dA_rows = matrix<S>(dA), dB_rows = matrix<S>(dB);  // dB holds dh until it is overwritten
-  parallel(T, 8 * R, [&](int64_t first, int64_t last) {
+  parallel(T, 16 * R, [&](int64_t first, int64_t last) {
+    Scratch A(R), other(R);
     for (int64_t t = first; t < last; ++t) {
-      rows_of<S>().product_backward(dB_rows[t], A_rows[t], B_rows[t], R, dA_rows[t], dB_rows[t], h_rows[t]);
+      product_row(levels, levels.size(), t, R, A.data(), other.data());
+      rows_of<S>().product_backward(dB_rows[t], A.data(), B_rows[t], R, dA_rows[t], dB_rows[t], h_rows[t]);
     }
   });
   Gradients gradients;
@@ -85,7 +90,6 @@ Gradients backward(
   if (needs.out) dout = gemm(transposed(dy), h);
   h = Tensor();
   if (needs.coefficients || needs.experts) {
-    std::vector<Contraction<S>> levels = contractions<S>(coefficients, expert_factors);
     for (size_t e = 0; e < levels.size(); ++e) {
       Tensor level = level_gradient(levels, e, dA);
       if (needs.coefficients) da.push_back(levels[e].coefficients_gradient(level, support_only));
@@ -93,6 +97,7 @@ Gradients backward(
     }
   }
   dA = Tensor();
+  levels.clear();
   if (needs.in_bias && has_bias) {
     Tensor sums = column_sums(dB_rows);
     dbias = view(converted(view(sums, {1, R}, {R, 1}), dtype_of<S>), {R}, {1});
@@ -103,11 +108,11 @@ Gradients backward(
 
 Gradients cp_backward(
     Tensor dy, Tensor z, std::vector<Tensor> coefficients, std::vector<Tensor> expert_factors, Tensor in_factor,
-    std::optional<Tensor> in_bias, Tensor out_factor, Tensor A, Tensor B, std::string activation,
-    std::vector<bool> needs, bool support_only) {
+    std::optional<Tensor> in_bias, Tensor out_factor, Tensor /* A, which is not kept */, Tensor B,
+    std::string activation, std::vector<bool> needs, bool support_only) {
   return with_element(z, [&](auto element) {
     return backward<decltype(element)>(
-        dy, z, coefficients, expert_factors, in_factor, in_bias.has_value(), out_factor, A, B,
+        dy, z, coefficients, expert_factors, in_factor, in_bias.has_value(), out_factor, B,
         activation_of(activation), Needs(needs), support_only);
   });
 }

@@ -17,8 +17,8 @@ inline Activation activation_of(const std::string& name) {
   return Activation::silu;
 }
 
-// Rows that are activated and multiplied while they are in the caches.
-constexpr int64_t kActivatedRows = 1024;
+// How much of act(z) there is at once: rows of it forward; columns of it backward, where rows are what is summed over.
+constexpr int64_t kActivatedRows = 1024, kActivatedColumns = 512;
 
 template <class S>
 Tensor activated(const Tensor& z, Activation activation) {
@@ -44,12 +44,27 @@ Tensor activated_linear(const Tensor& z, const Tensor& W, Activation activation)
   return out;
 }
 
+// dBᵀ act(z) (R, I), and act(z) never in memory as a whole.
+template <class S>
+Tensor activated_weight_gradient(const Tensor& dB, const Tensor& z, Activation activation) {
+  int64_t I = z.size(1);
+  if (activation == Activation::none || I <= kActivatedColumns) {
+    return gemm(transposed(dB), activated<S>(z, activation));
+  }
+  Tensor dW = empty<S>({dB.size(1), I});
+  for (int64_t begin = 0; begin < I; begin += kActivatedColumns) {
+    int64_t end = std::min(begin + kActivatedColumns, I);
+    gemm_into(column_range(dW, begin, end), transposed(dB), activated<S>(column_range(z, begin, end), activation));
+  }
+  return dW;
+}
+
 // dW = dBᵀ act(z) and dz = act'(z) ⊙ (dB W), each undefined where it is not needed.
 template <class S>
 std::tuple<Tensor, Tensor> activated_linear_backward(
     const Tensor& dB, const Tensor& z, const Tensor& W, Activation activation, bool needs_z, bool needs_weight) {
   Tensor dz, dW;
-  if (needs_weight) dW = gemm(transposed(dB), activated<S>(z, activation));  // act(z) is freed before dz appears
+  if (needs_weight) dW = activated_weight_gradient<S>(dB, z, activation);
   if (!needs_z) return {dz, dW};
   dz = gemm(dB, W);
   if (activation == Activation::none) return {dz, dW};

@@ -1,5 +1,6 @@
-// GEMMs: at::mm, which is public, or in float32 oneDNN's linear layer, which is private and faster than MKL on machines
-// that are not Intel's. `set_gemm` chooses; the choice, its measurement and its check are the caller's.
+// GEMMs: at::mm, which is public, or in float32 oneDNN's linear layer, which is private and for some products faster than MKL
+// on machines that are not Intel's. `set_gemm` chooses for each kind of product; the choice, its measurement and its
+// check are the caller's.
 #include "gemm.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -11,7 +12,14 @@ namespace mumoe {
 
 namespace {
 
-std::atomic<bool> use_onednn{false};
+// X Wᵀ, X W and Xᵀ Y: a linear layer, its input's gradient, its weight's gradient.
+enum Kind { linear_layer, input_gradient, weight_gradient, kinds };
+std::array<std::atomic<bool>, kinds> use_onednn{};
+
+Kind kind_of(const Tensor& X, const Tensor& Y) {
+  if (X.stride(1) != 1) return weight_gradient;
+  return Y.stride(1) != 1 ? linear_layer : input_gradient;
+}
 
 // oneDNN falls into a reference implementation for anything but dense matrices and their transposes.
 bool is_dense(const Tensor& x) {
@@ -39,16 +47,15 @@ Tensor onednn_linear(const Tensor& X, const Tensor& W) {
 }
 
 bool runs_on_onednn(const Tensor& X, const Tensor& Y) {
-  return use_onednn && X.scalar_type() == ScalarType::Float && X.size(0) > 1 && X.numel() > 0 && Y.numel() > 0;
+  return X.scalar_type() == ScalarType::Float && use_onednn[kind_of(X, Y)] && X.size(0) > 1 && X.numel() > 0 && Y.numel() > 0;
 }
 
-void set_gemm(std::string name) {
-  STD_TORCH_CHECK(name == "aten" || name == "onednn", "set_gemm: expected aten or onednn, got ", name);
-  use_onednn = name == "onednn";
-}
-
-std::string get_gemm() {
-  return use_onednn ? "onednn" : "aten";
+void set_gemm(std::vector<std::string> names) {
+  STD_TORCH_CHECK(names.size() == kinds, "set_gemm: expected a name for each of ", int{kinds}, " kinds of product");
+  for (const std::string& name : names) {
+    STD_TORCH_CHECK(name == "aten" || name == "onednn", "set_gemm: expected aten or onednn, got ", name);
+  }
+  for (size_t kind = 0; kind < names.size(); ++kind) use_onednn[kind] = names[kind] == "onednn";
 }
 
 std::string instruction_set() {
@@ -90,14 +97,12 @@ Tensor converted(const Tensor& x, ScalarType dtype) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mumoe_native, library) {
-  library.def("set_gemm(str name) -> ()");
-  library.def("get_gemm() -> str");
+  library.def("set_gemm(str[] names) -> ()");
   library.def("instruction_set() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mumoe_native, CompositeExplicitAutograd, library) {
   library.impl("set_gemm", TORCH_BOX(&set_gemm));
-  library.impl("get_gemm", TORCH_BOX(&get_gemm));
   library.impl("instruction_set", TORCH_BOX(&instruction_set));
 }
 

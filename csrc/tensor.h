@@ -53,14 +53,12 @@ inline bool defined(const Tensor& x) {
   return is_defined;
 }
 
-// A view of x's memory, `offset` elements after x's own first one.
+// A view of x's memory, `offset` elements after x's own first one (and so after its storage offset, which is added).
 inline Tensor view(
     const Tensor& x, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int64_t offset = 0) {
-  int64_t start;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(x.get(), &start));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      x.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), start + offset, &handle));
+      x.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset, &handle));
   return Tensor(handle);
 }
 
@@ -75,6 +73,11 @@ inline Tensor row_range(const Tensor& x, int64_t first, int64_t last) {
 
 inline Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// Columns [first, last) of a matrix.
+inline Tensor column_range(const Tensor& x, int64_t first, int64_t last) {
+  return view(x, {x.size(0), last - first}, {x.stride(0), x.stride(1)}, first * x.stride(1));
 }
 
 // A matrix whose rows are dense: x itself where they are.

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from mumoe_fast.bench.cpu.workloads import FORWARD, MEMORY, OURS, Factory, Goal, Workload
 from mumoe_fast.bench.measure import interleaved_seconds, peak_bytes
+from mumoe_fast.ops import native_gemm
+from mumoe_fast.ops.dispatch import NATIVE_READY
 from mumoe_fast.testing.acceptance import Verdict, judge
 
 TOKEN_GROUPS = 32
@@ -45,8 +47,8 @@ class Comparison:
     high: float
 
     @property
-    def met(self) -> bool:
-        """Whether the median meets the goal."""
+    def met(self) -> bool | None:
+        """Whether the median meets the goal; None where there is none."""
         return self.goal.met(self.ratio)
 
 
@@ -82,7 +84,7 @@ def measure(
 ) -> Iterator[Outcome]:
     """Every direction of a workload; `on_start` is called before each with what begins."""
     torch.compiler.reset()  # nothing that was compiled for another workload counts or is kept
-    with native_gemm(workload.gemm):
+    with on_gemm(workload.gemm):
         on_start("check")
         verdicts, problem = check(workload)
         gemm = current_gemm()
@@ -220,7 +222,7 @@ def peak_of_step(workload: Workload, side: Factory, threads: int) -> float:
     """The most that a step holds beyond parameters, input and upstream gradient: activations and all gradients."""
     torch.set_num_threads(threads)
     module, x = build(side, workload.dtype), tokens(workload).requires_grad_()
-    with native_gemm(workload.gemm):
+    with on_gemm(workload.gemm):
         dy = _upstream(module, x)
         module(x).backward(dy)
         module.zero_grad(set_to_none=True)
@@ -230,22 +232,22 @@ def peak_of_step(workload: Workload, side: Factory, threads: int) -> float:
 
 def current_gemm() -> str | None:
     """The GEMM that the native kernels use in float32; None without them."""
-    native = torch.ops.mumoe_native
-    return str(native.get_gemm()) if hasattr(native, "get_gemm") else None
+    return native_gemm.in_use().name if NATIVE_READY else None
 
 
 @contextmanager
-def native_gemm(name: str | None) -> Iterator[None]:
+def on_gemm(name: str | None) -> Iterator[None]:
     """The native kernels on the named GEMM; with None, or without them, as they are."""
-    before = current_gemm()
-    if name is None or before is None:
+    if name is None or not NATIVE_READY:
         yield
         return
-    torch.ops.mumoe_native.set_gemm(name)
+    before = native_gemm.in_use()
+    if name != before.name:
+        native_gemm.use(name)
     try:
         yield
     finally:
-        torch.ops.mumoe_native.set_gemm(before)
+        native_gemm.use(before)
 
 
 def _quantile(values: Sequence[float], q: float) -> float:

@@ -174,14 +174,13 @@ MUMOE_INLINE void narrow_row(const float* x, int64_t n, S* out) {
 }
 
 template <class S>
-void product(const float* A, S* B, const S* bias, int64_t R, S* A_out, S* h) {
+void product(const float* A, S* B, const S* bias, int64_t R, S* h) {
   add_bias(B, bias, R);
-  if (A_out != nullptr) narrow_row(A, R, A_out);
   sweep(R, [&](int64_t r, auto lanes) { store(h + r, load(A + r, lanes) * load(B + r, lanes), lanes); });
 }
 
 template <class S>
-void product_backward(const S* dh, const S* A, const S* B, int64_t R, S* dA, S* dB, S* h) {
+void product_backward(const S* dh, const float* A, const S* B, int64_t R, S* dA, S* dB, S* h) {
   sweep(R, [&](int64_t r, auto lanes) {
     Floats a = load(A + r, lanes), b = load(B + r, lanes), upstream = load(dh + r, lanes);
     store(dA + r, upstream * b, lanes);
@@ -297,6 +296,9 @@ template <class S>
 void dots(const float* x, int64_t T, int64_t I, const S* W, int64_t ldW, int64_t first, int64_t last, float* out,
           int64_t ld_out) {
   int64_t r = first;
+  if (T == 1) {
+    for (; r + 8 <= last; r += 8) dot_block<8, 1>(x, I, W + r * ldW, ldW, out + r, ld_out);
+  }
   for (; r + 4 <= last; r += 4) {
     int64_t t = 0;
     for (; t + 4 <= T; t += 4) dot_block<4, 4>(x + t * I, I, W + r * ldW, ldW, out + t * ld_out + r, ld_out);

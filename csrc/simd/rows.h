@@ -61,10 +61,10 @@ struct RowsOf {
   // dz = dz ⊙ act'(z), in place.
   void (*activate_backward)(const S* z, int64_t n, Activation activation, S* dz);
 
-  // B += bias (unless null) in place, and h = A ⊙ B; h may be B, and A_out (A in S) may be null.
-  void (*product)(const float* A, S* B, const S* bias, int64_t R, S* A_out, S* h);
+  // B += bias (unless null) in place, and h = A ⊙ B; h may be B.
+  void (*product)(const float* A, S* B, const S* bias, int64_t R, S* h);
   // From one row each of dh, A, B: dA = dh ⊙ B, dB = dh ⊙ A, h = A ⊙ B. dB may be dh.
-  void (*product_backward)(const S* dh, const S* A, const S* B, int64_t R, S* dA, S* dB, S* h);
+  void (*product_backward)(const S* dh, const float* A, const S* B, int64_t R, S* dA, S* dB, S* h);
 
   // One token's matrices: B += bias (unless null) in place, h (P×Q) = A (P×K) · B (K×Q); A_out (A in S) may be null.
   void (*matrix_product)(const float* A, S* B, const S* bias, int64_t P, int64_t K, int64_t Q, S* A_out, S* h);

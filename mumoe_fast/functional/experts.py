@@ -52,11 +52,12 @@ def _call(
     experts: Sequence[Tensor],
     shared: Sequence[Tensor | None],
     activation: str | None,
+    support_only: bool,
     impl: str,
 ) -> Tensor:
     """The operator on flattened tokens: the plain one for one level of experts, else the one with lists."""
     save = needs_gradient([z, *coefficients, *experts, *shared])
-    options = (*shared, activation or "none", save, impl)
+    options = (*shared, activation or "none", save, support_only, impl)
     if len(experts) == 1:
         y = one_level(tokens(z), tokens(coefficients[0]), experts[0], *options)[0]
     else:
@@ -73,6 +74,7 @@ def cp_experts(
     in_bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    support_only: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """CP experts (Eq. 2, 16): ``y = U_out [(Π_e U_eᵀ a_e) ⊙ (U_in act(z) + b)]``.
@@ -88,6 +90,8 @@ def cp_experts(
         out_factor: (O, R).
         in_bias: (R,) or None.
         activation: applied to z: None, "gelu", "gelu_tanh", "relu" or "silu".
+        support_only: the gradient of a coefficient that is zero may be given as zero; enough, and with many experts
+            much cheaper, where the coefficients are entmax's, whose own gradient is zero there.
         impl: "auto" or an implementation by name.
 
     Returns:
@@ -114,7 +118,9 @@ def cp_experts(
     impl = choose(impl, z, "cp")
     if impl == "reference":
         return reference.cp_experts(z, a, experts, in_factor, out_factor, in_bias, activation=activation)
-    return _call(ops.cp.cp, ops.cp.cp_hierarchy, z, a, experts, (in_factor, in_bias, out_factor), activation, impl)
+    return _call(
+        ops.cp.cp, ops.cp.cp_hierarchy, z, a, experts, (in_factor, in_bias, out_factor), activation, support_only, impl
+    )
 
 
 def tr_experts(
@@ -126,6 +132,7 @@ def tr_experts(
     in_bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    support_only: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Tensor-ring experts (Eq. 3, 17–18): ``y_o = Σ_{r1 r} (A B)_{r1 r} U_out[o, r1, r]``.
@@ -141,6 +148,8 @@ def tr_experts(
         out_core: (O, R_1, R_{E+2}).
         in_bias: (R_{E+1}, R_{E+2}) or None.
         activation: applied to z: None, "gelu", "gelu_tanh", "relu" or "silu".
+        support_only: the gradient of a coefficient that is zero may be given as zero; enough, and with many experts
+            much cheaper, where the coefficients are entmax's, whose own gradient is zero there.
         impl: "auto" or an implementation by name.
 
     Returns:
@@ -169,7 +178,7 @@ def tr_experts(
     if impl == "reference":
         return reference.tr_experts(z, a, experts, in_core, out_core, in_bias, activation=activation)
     operators = ops.tensor_ring.tr, ops.tensor_ring.tr_hierarchy
-    return _call(*operators, z, a, experts, (in_core, in_bias, out_core), activation, impl)
+    return _call(*operators, z, a, experts, (in_core, in_bias, out_core), activation, support_only, impl)
 
 
 def tucker_experts(
@@ -182,6 +191,7 @@ def tucker_experts(
     in_bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    support_only: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Tucker experts (D.1.3 in Eq. 1): ``y = U_out [core ×_e (U_eᵀ a_e) ×_{E+1} (U_in act(z) + b)]``.
@@ -197,6 +207,8 @@ def tucker_experts(
         out_factor: (O, R_O).
         in_bias: (R_I,) or None.
         activation: applied to z: None, "gelu", "gelu_tanh", "relu" or "silu".
+        support_only: the gradient of a coefficient that is zero may be given as zero; enough, and with many experts
+            much cheaper, where the coefficients are entmax's, whose own gradient is zero there.
         impl: "auto" or an implementation by name.
 
     Returns:
@@ -225,4 +237,4 @@ def tucker_experts(
     if impl == "reference":
         return reference.tucker_experts(z, a, experts, in_factor, core, out_factor, in_bias, activation=activation)
     operators = ops.tucker.tucker, ops.tucker.tucker_hierarchy
-    return _call(*operators, z, a, experts, (in_factor, in_bias, core, out_factor), activation, impl)
+    return _call(*operators, z, a, experts, (in_factor, in_bias, core, out_factor), activation, support_only, impl)

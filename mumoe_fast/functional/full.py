@@ -21,6 +21,7 @@ def full_experts(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    support_only: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """The unfactorised experts (Eq. 1, 15), a dense MoE: ``y = Σ_n a_n (W_n act(z) + b_n)``.
@@ -34,6 +35,7 @@ def full_experts(
         weight: (N_1, …, N_E, O, I): every expert as `nn.Linear` keeps its weight.
         bias: (N_1, …, N_E, O) or None.
         activation: applied to z: None, "gelu", "gelu_tanh", "relu" or "silu".
+        support_only: the gradient of a coefficient that is zero may be given as zero, as in `cp_experts`.
         impl: "auto" or an implementation by name.
 
     Returns:
@@ -62,5 +64,6 @@ def full_experts(
         return reference.full_experts(z, levels, weight, bias, activation=activation)
     a = reference.joint_coefficients([tokens(a) for a in levels])
     flat_bias = None if bias is None else bias.flatten(0, -2)
-    y: Tensor = ops.full.full(tokens(z), a, weight.flatten(0, -3), flat_bias, activation or "none", impl)
+    options = (activation or "none", support_only, impl)
+    y: Tensor = ops.full.full(tokens(z), a, weight.flatten(0, -3), flat_bias, *options)
     return y.view(*z.shape[:-1], O)

@@ -49,7 +49,7 @@ class CPExperts(Experts):
         uniform_(self.in_bias, self.in_features)
         uniform_(self.out_factor, self.rank[0])
 
-    def forward(self, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    def forward(self, z: Tensor, coefficients: Sequence[Tensor], *, support_only: bool = False) -> Tensor:
         """z (..., I) and one (..., N_e) per level to (..., O)."""
         return cp_experts(
             z,
@@ -59,5 +59,6 @@ class CPExperts(Experts):
             self.out_factor,
             self.in_bias,
             activation=self.activation,
+            support_only=support_only,
             impl=self.impl,
         )

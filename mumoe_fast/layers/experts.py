@@ -67,8 +67,11 @@ class Experts(nn.Module, ABC):
         """The paper's initialisation (F.2)."""
 
     @abstractmethod
-    def forward(self, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
-        """z (..., I) and one (..., N_e) per level to (..., O)."""
+    def forward(self, z: Tensor, coefficients: Sequence[Tensor], *, support_only: bool = False) -> Tensor:
+        """z (..., I) and one (..., N_e) per level to (..., O).
+
+        With `support_only` the gradient of a coefficient that is zero may be given as zero: enough for a gate's.
+        """
 
     def extra_repr(self) -> str:
         """The sizes and options, as `nn.Linear` shows its own."""

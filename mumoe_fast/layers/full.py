@@ -40,6 +40,14 @@ class FullExperts(Experts):
         uniform_(self.weight, self.in_features)
         uniform_(self.bias, self.in_features)
 
-    def forward(self, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    def forward(self, z: Tensor, coefficients: Sequence[Tensor], *, support_only: bool = False) -> Tensor:
         """z (..., I) and one (..., N_e) per level to (..., O)."""
-        return full_experts(z, coefficients, self.weight, self.bias, activation=self.activation, impl=self.impl)
+        return full_experts(
+            z,
+            coefficients,
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            support_only=support_only,
+            impl=self.impl,
+        )

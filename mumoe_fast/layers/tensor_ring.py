@@ -55,7 +55,7 @@ class TRExperts(Experts):
         uniform_(self.in_bias, self.in_features)
         uniform_(self.out_core, self.rank[0] * self.rank[-1])
 
-    def forward(self, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    def forward(self, z: Tensor, coefficients: Sequence[Tensor], *, support_only: bool = False) -> Tensor:
         """z (..., I) and one (..., N_e) per level to (..., O)."""
         return tr_experts(
             z,
@@ -65,6 +65,7 @@ class TRExperts(Experts):
             self.out_core,
             self.in_bias,
             activation=self.activation,
+            support_only=support_only,
             impl=self.impl,
         )
 

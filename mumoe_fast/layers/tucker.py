@@ -53,7 +53,7 @@ class TuckerExperts(Experts):
         uniform_(self.core, R_I)
         uniform_(self.out_factor, R_O)
 
-    def forward(self, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    def forward(self, z: Tensor, coefficients: Sequence[Tensor], *, support_only: bool = False) -> Tensor:
         """z (..., I) and one (..., N_e) per level to (..., O)."""
         return tucker_experts(
             z,
@@ -64,5 +64,6 @@ class TuckerExperts(Experts):
             self.out_factor,
             self.in_bias,
             activation=self.activation,
+            support_only=support_only,
             impl=self.impl,
         )

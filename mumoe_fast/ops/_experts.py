@@ -7,7 +7,8 @@ hierarchy level and a few that the levels share. `define_experts` registers for 
     mumoe::<name>_hierarchy   any number of levels, in lists
 
 and their backward operators. Two forward operators, because a schema with `Tensor[]` doubles the cost of a call. Both
-return y with the two contractions that backward reads, or empty tensors in their place when `save` is False.
+return y with the two contractions that backward reads, or empty tensors in their place when `save` is False. With
+`support_only` the gradient of a coefficient that is zero may be given as zero.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Family:
         module: with the launchers.
         shared: schema of the parameters that all levels share, in the launchers' order; a "?" marks a bias.
         out_features: O, from the shapes of the levels' tensors and of the shared ones.
-        saved: the shapes, without T, of the two contractions that backward reads, from the same.
+        saved: the shapes, without T, of the two contractions that backward reads, from the same and the implementation;
+            None for one that backward computes again.
         chain: multiply-adds per token beyond one for each parameter, from the same.
     """
 
@@ -41,14 +43,14 @@ class Family:
     module: str
     shared: tuple[str, ...]
     out_features: Callable[[Sequence[Shape], Sequence[Any]], int]
-    saved: Callable[[Sequence[Shape], Sequence[Any]], tuple[Shape, Shape]]
+    saved: Callable[[Sequence[Shape], Sequence[Any], str], tuple[Shape | None, Shape | None]]
     chain: Callable[[Sequence[Shape], Sequence[Any]], int] = lambda experts, shared: 0
 
     def forward(
         self, z: Tensor, coefficients: Sequence[Tensor], experts: Sequence[Tensor], *rest: Any
     ) -> tuple[Tensor, ...]:
         """Call the launcher."""
-        *shared, activation, save, impl = rest
+        *shared, activation, save, _, impl = rest
         launcher = getattr(launchers(impl, self.module), f"{self.name}_forward")
         return tuple(launcher(z, coefficients, experts, *shared, activation=activation, save=save))
 
@@ -56,10 +58,11 @@ class Family:
         self, z: Tensor, coefficients: Sequence[Tensor], experts: Sequence[Tensor], *rest: Any
     ) -> tuple[Tensor, ...]:
         """Empty tensors of the right shapes."""
-        *shared, _, save, _ = rest
+        *shared, _, save, _, impl = rest
         shapes = [x.shape for x in experts], [None if x is None else x.shape for x in shared]
         T, O = z.shape[0], self.out_features(*shapes)
-        saved = [z.new_empty(T, *shape) if save else absent(z) for shape in self.saved(*shapes)]
+        kept = self.saved(*shapes, impl) if save else (None, None)
+        saved = [absent(z) if shape is None else z.new_empty(T, *shape) for shape in kept]
         return z.new_empty(T, O), *saved
 
     def backward(
@@ -73,11 +76,12 @@ class Family:
         *rest: Any,
     ) -> list[Tensor]:
         """Call the launcher; every tensor argument from z on has its place in the result."""
-        *shared, activation, needs, impl = rest
+        *shared, activation, needs, support_only, impl = rest
         launcher = getattr(launchers(impl, self.module), f"{self.name}_backward")
-        dz, da, dexperts, *dshared = launcher(
-            dy, z, coefficients, experts, *shared, first, second, activation=activation, needs=tuple(needs)
-        )
+        options: dict[str, Any] = {"activation": activation, "needs": tuple(needs)}
+        if impl == "native":  # a tile of Triton's has all of da by one product
+            options["support_only"] = support_only
+        dz, da, dexperts, *dshared = launcher(dy, z, coefficients, experts, *shared, first, second, **options)
         nothing = [None] * len(experts)
         gradients = [dz, *(da or nothing), *(dexperts or nothing), *dshared]
         return [absent(z) if gradient is None else gradient for gradient in gradients]
@@ -93,7 +97,7 @@ class Family:
         *rest: Any,
     ) -> list[Tensor]:
         """Empty tensors of the arguments' shapes, or absent ones."""
-        *shared, _, needs, _ = rest
+        *shared, _, needs, _, _ = rest
         arguments = [z, *coefficients, *experts, *shared]
         return [
             argument.new_empty(argument.shape) if needed and argument is not None else absent(z)
@@ -152,9 +156,10 @@ def _one_level(function: Callable[..., Any], first: int) -> Callable[..., Any]:
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, a, experts, *shared, ctx.activation, _, ctx.impl = inputs
+    z, a, experts, *shared, ctx.activation, _, ctx.support_only, ctx.impl = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # or each would get zeros for one
     ctx.levels = len(a) if isinstance(a, list | tuple) else None
     levels = [a, experts] if ctx.levels is None else [*a, *experts]
     ctx.save_for_backward(*saved, z, *levels, *shared)
@@ -165,15 +170,15 @@ def _autograd(one_level: Callable[..., Any], hierarchy: Callable[..., Any]) -> C
 
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
         first, second, z, *tensors = ctx.saved_tensors
-        flags = [any(need) if isinstance(need, list | tuple) else need for need in ctx.needs_input_grad[:-3]]
-        options = (ctx.activation, flags, ctx.impl)
+        flags = [any(need) if isinstance(need, list | tuple) else need for need in ctx.needs_input_grad[:-4]]
+        options = (ctx.activation, flags, ctx.support_only, ctx.impl)
         if ctx.levels is None:
-            return (*present(one_level(dy, first, second, z, *tensors, *options), flags), None, None, None)
+            return (*present(one_level(dy, first, second, z, *tensors, *options), flags), None, None, None, None)
         E = ctx.levels
         a, experts, shared = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         results = hierarchy(dy, first, second, z, a, experts, *shared, *options)
         dz, *gradients = present(results, spread(flags, E))
-        return (dz, gradients[:E], gradients[E : 2 * E], *gradients[2 * E :], None, None, None)
+        return (dz, gradients[:E], gradients[E : 2 * E], *gradients[2 * E :], None, None, None, None)
 
     return backward
 
@@ -182,7 +187,8 @@ def define_experts(family: Family) -> tuple[Callable[..., Any], Callable[..., An
     """Register the family's four operators and return the two forward ones: one level, and the hierarchy."""
     name, shared = family.name, ", ".join(family.shared)
     saved = "Tensor dy, Tensor first, Tensor second"
-    backward_options, forward_options = "str activation, bool[] needs, str impl", "str activation, bool save, str impl"
+    backward_options = "str activation, bool[] needs, bool support_only, str impl"
+    forward_options = "str activation, bool save, bool support_only, str impl"
     results = ", ".join(["Tensor"] * (3 + len(family.shared)))
     one_level_backward = define(
         f"{name}_backward({saved}, Tensor z, Tensor a, Tensor experts, {shared}, {backward_options}) -> ({results})",

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from mumoe_fast.ops import native_gemm
+
 _LIBRARY = torch.library.Library("mumoe", "DEF")
 
 
 def launchers(impl: str, family: str) -> Any:
     """What holds the launchers of `family` (entmax, gate, cp, …) in implementation `impl`, under the same names."""
     if impl == "native":
+        native_gemm.settle()
         return torch.ops.mumoe_native
     # At the first call: Triton is neither needed nor wanted by those who never launch a kernel.
     return importlib.import_module(f"mumoe_fast.kernels.{family}")

@@ -18,12 +18,14 @@ Shape = Sequence[int]
 _ARGUMENTS = "Tensor z, Tensor a, Tensor weight, Tensor? bias, str activation"
 
 
-def _forward(z: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str) -> Tensor:
+def _forward(
+    z: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, activation: str, support_only: bool, impl: str
+) -> Tensor:
     y: Tensor = launchers(impl, "full").full_forward(z, a, weight, bias, activation=activation)
     return y
 
 
-def _forward_fake(z: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, activation: str, impl: str) -> Tensor:
+def _forward_fake(z: Tensor, a: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return z.new_empty(z.shape[0], weight.shape[1])
 
 
@@ -35,10 +37,13 @@ def _backward(
     bias: Tensor | None,
     activation: str,
     needs: Sequence[bool],
+    support_only: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    launcher = launchers(impl, "full").full_backward
-    gradients = launcher(dy, z, a, weight, bias, activation=activation, needs=tuple(needs))
+    options: dict[str, Any] = {"activation": activation, "needs": tuple(needs)}
+    if impl == "native":  # as for the factorised experts
+        options["support_only"] = support_only
+    gradients = launchers(impl, "full").full_backward(dy, z, a, weight, bias, **options)
     return tuple(absent(z) if gradient is None else gradient for gradient in gradients)
 
 
@@ -50,7 +55,7 @@ def _backward_fake(
     bias: Tensor | None,
     activation: str,
     needs: Sequence[bool],
-    impl: str,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
     return tuple(
         x.new_empty(x.shape) if needed and x is not None else absent(z)
@@ -76,7 +81,8 @@ def _backward_flops(
 
 
 full_backward = define(
-    f"full_backward(Tensor dy, {_ARGUMENTS}, bool[] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"full_backward(Tensor dy, {_ARGUMENTS}, bool[] needs, bool support_only, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     flops=_backward_flops,
@@ -84,17 +90,18 @@ full_backward = define(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation, ctx.impl = inputs
+    *tensors, ctx.activation, ctx.support_only, ctx.impl = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
-    return (*present(full_backward(dy, *ctx.saved_tensors, ctx.activation, needs, ctx.impl), needs), None, None)
+    gradients = full_backward(dy, *ctx.saved_tensors, ctx.activation, needs, ctx.support_only, ctx.impl)
+    return (*present(gradients, needs), None, None, None)
 
 
 full = define(
-    f"full({_ARGUMENTS}, str impl) -> Tensor",
+    f"full({_ARGUMENTS}, bool support_only, str impl) -> Tensor",
     _forward,
     _forward_fake,
     setup_context=_context,

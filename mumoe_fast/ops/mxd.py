@@ -68,6 +68,7 @@ def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     z, weight, bias, _, ctx.impl = inputs
     values, indices = output
     ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(values, indices, z, weight)
 
@@ -199,6 +200,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Te
     *tensors, ctx.activation, _, ctx.impl = inputs
     _, A, B = output
     ctx.mark_non_differentiable(A, B)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(A, B, *tensors)
 
 

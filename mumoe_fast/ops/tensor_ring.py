@@ -23,7 +23,7 @@ FAMILY = Family(
     module="tensor_ring",
     shared=("Tensor in_core", "Tensor? in_bias", "Tensor out_core"),
     out_features=lambda cores, shared: shared[2][0],
-    saved=lambda cores, shared: ((cores[0][1], shared[0][0]), shared[0][:2]),
+    saved=lambda cores, shared, impl: ((cores[0][1], shared[0][0]), shared[0][:2]),
     chain=_chain,
 )
 

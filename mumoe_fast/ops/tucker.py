@@ -10,7 +10,7 @@ FAMILY = Family(
     module="tucker",
     shared=("Tensor in_factor", "Tensor? in_bias", "Tensor core", "Tensor out_factor"),
     out_features=lambda factors, shared: shared[3][0],
-    saved=lambda factors, shared: (shared[2][-2:-1], shared[2][-1:]),
+    saved=lambda factors, shared, impl: (shared[2][-2:-1], shared[2][-1:]),
 )
 
 tucker, tucker_hierarchy = define_experts(FAMILY)

@@ -25,11 +25,13 @@ from mumoe_fast.bench.cpu.measure import (
     check,
     compare,
     measure,
-    native_gemm,
+    on_gemm,
 )
 from mumoe_fast.bench.cpu.report import json_lines, show, table_rows
 from mumoe_fast.bench.cpu.workloads import FORWARD, MEMORY, OURS, STEP, WORKLOADS, Workload, faster, within
 from mumoe_fast.layers import MuMoE
+from mumoe_fast.ops import native_gemm
+from mumoe_fast.ops.dispatch import NATIVE_READY
 
 
 def tiny_layer() -> nn.Module:
@@ -193,15 +195,13 @@ def test_the_command_writes_records(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert CliRunner().invoke(app, ["--only", "backward"]).exit_code == 1
 
 
+@pytest.mark.skipif(not NATIVE_READY, reason="the native kernels are not built")
 def test_the_gemm_is_put_back() -> None:
-    native = torch.ops.mumoe_native
-    if not hasattr(native, "set_gemm"):
-        pytest.skip("the native kernels are not built")
-    before = native.get_gemm()
-    other = "aten" if before == "onednn" else "onednn"
-    with native_gemm(other):
-        assert native.get_gemm() == other
-    assert native.get_gemm() == before
+    before = native_gemm.in_use()
+    other = "aten" if before.name == "onednn" else "onednn"
+    with on_gemm(other):
+        assert native_gemm.in_use().name == other
+    assert native_gemm.in_use() == before
 
 
 def test_a_missing_peer_leaves_the_others_compared() -> None:

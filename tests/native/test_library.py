@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mumoe_fast.ops import _native_library
+from mumoe_fast.ops import _native_library, native_gemm
 from mumoe_fast.ops._native_library import available
 from mumoe_fast.testing.problems_cp import cp_expected, cp_problem
 from mumoe_fast.testing.problems_gate import gate_problem
@@ -24,10 +24,10 @@ needs_library = pytest.mark.skipif(available() is not None, reason=str(available
 
 @pytest.fixture
 def onednn() -> Iterator[None]:
-    before = torch.ops.mumoe_native.get_gemm()
-    torch.ops.mumoe_native.set_gemm("onednn")
+    before = native_gemm.in_use()
+    native_gemm.use("onednn")
     yield
-    torch.ops.mumoe_native.set_gemm(before)
+    native_gemm.use(before)
 
 
 @needs_library
@@ -58,9 +58,19 @@ def test_onednn_computes_the_same() -> None:
 
 
 @needs_library
+def test_tensors_that_begin_inside_their_memory() -> None:
+    problem = cp_problem(9, 33, 12, (20, 3), 21, activation="gelu")
+    views = problem.map(lambda x: torch.cat([x.new_full((5, *x.shape[1:]), float("nan")), x])[5:])
+    assert views.in_factor.storage_offset() > 0
+    cp_expected(problem).accept(run(views))
+
+
+@needs_library
 def test_unknown_gemm() -> None:
     with pytest.raises(RuntimeError, match="expected aten or onednn, got cublas"):
-        torch.ops.mumoe_native.set_gemm("cublas")
+        torch.ops.mumoe_native.set_gemm(["aten", "cublas", "aten"])
+    with pytest.raises(RuntimeError, match="a name for each of 3 kinds"):
+        torch.ops.mumoe_native.set_gemm(["aten"])
 
 
 @needs_library

@@ -43,16 +43,16 @@ def samples() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "gate permuted, bias": (gate.gate, (permuted(T, I), permuted(N, I), tensor(N), "none", 1.5, 1e-5)),
         "gate, master weight": (gate.gate, (tensor(T, I, dtype=half), tensor(N, I), None, "layer", 1.5, 1e-5)),
         "gate, frozen input": (gate.gate, (tensor(T, I, grad=False), tensor(N, I), None, "layer", 1.5, 1e-5)),
-        "cp": (cp.cp, (tensor(T, I), coefficients(T, N), tensor(N, R), *shared, "none", True)),
+        "cp": (cp.cp, (tensor(T, I), coefficients(T, N), tensor(N, R), *shared, "none", True, False)),
         "cp permuted, no bias": (
             cp.cp,
-            (permuted(T, I), permuted(T, N), permuted(N, R), permuted(R, I), None, permuted(O, R), "gelu", True),
+            (permuted(T, I), permuted(T, N), permuted(N, R), permuted(R, I), None, permuted(O, R), "gelu", True, False),
         ),
         "cp, frozen input": (
             cp.cp,
-            (tensor(T, I, grad=False), coefficients(T, N), tensor(N, R), *shared, "none", True),
+            (tensor(T, I, grad=False), coefficients(T, N), tensor(N, R), *shared, "none", True, False),
         ),
-        "cp_hierarchy": (cp.cp_hierarchy, (tensor(T, I), *levels, *shared, "none", True)),
+        "cp_hierarchy": (cp.cp_hierarchy, (tensor(T, I), *levels, *shared, "none", True, False)),
         "gate_logits": (batch_norm.gate_logits, (tensor(T, I), permuted(N, I))),
         "batch_norm_statistics": (batch_norm.batch_norm_statistics, (tensor(T, N),)),
         "batch_entmax": (batch_norm.batch_entmax, (s, mean, rstd, 1.5, torch.float32)),
@@ -62,14 +62,14 @@ def samples() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 NAMES = list(samples())
 
 
-@pytest.mark.parametrize("impl", ["triton"])
+@pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, impl: str) -> None:
     operator, arguments = samples()[name]
     torch.library.opcheck(operator, (*arguments, impl))
 
 
-@pytest.mark.parametrize("impl", ["triton"])
+@pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", NAMES)
 def test_double_backward_is_a_clear_error(name: str, impl: str) -> None:
     operator, arguments = samples()[name]
@@ -81,7 +81,7 @@ def test_double_backward_is_a_clear_error(name: str, impl: str) -> None:
         torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_a_block_compiles_without_a_graph_break(impl: str, norm: str, device: torch.device) -> None:
     block = MuMoEMLP(16, 24, num_experts=(4, 2), rank=8, norm=norm, impl=impl).to(device)
@@ -146,6 +146,6 @@ def test_arguments_are_never_modified_and_a_second_backward_agrees(device: torch
 def test_inference_saves_nothing_for_backward(device: torch.device) -> None:
     z, a = torch.randn(T, I, device=device), torch.rand(T, N, device=device)
     factors = torch.randn(N, R, device=device), torch.randn(R, I, device=device), torch.randn(O, R, device=device)
-    _, A, B = cp.cp(z, a, factors[0], factors[1], None, factors[2], "none", False, "triton")
+    _, A, B = cp.cp(z, a, factors[0], factors[1], None, factors[2], "none", False, False, "triton")
     assert A.numel() == B.numel() == 0
     assert functional.cp_experts(z, [a], [factors[0]], factors[1], factors[2]).shape == (T, O)
