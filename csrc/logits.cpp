@@ -9,7 +9,7 @@ namespace mumoe {
 namespace {
 
 constexpr int64_t kRows = Bf16Dots::kRows, kColumns = Bf16Dots::kColumns;
-constexpr int64_t kFewTokens = 16;  // for which the weight is read once, as it is
+constexpr int64_t kFewTokens = 8;  // for which the weight is read once, as it is
 
 }  // namespace
 

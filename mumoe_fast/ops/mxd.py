@@ -123,7 +123,10 @@ def _forward_fake(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = z.new_empty(z.shape[0], out_factor.shape[0])
-    return (y, torch.empty_like(y), torch.empty_like(y)) if save else (y, absent(z), absent(z))
+    if not save:
+        return y, absent(z), absent(z)
+    A = absent(z) if impl == "native" else torch.empty_like(y)  # the native backward gathers it once more
+    return y, A, torch.empty_like(y)
 
 
 def _backward(

@@ -89,6 +89,18 @@ def tr(T: int, I: int, O: int, N: Sequence[int], ranks: Sequence[int], dtype: to
     native.tr_backward(dy, z, a, U, *shared, A, B, activation="gelu", needs=[True] * 6, support_only=True)
 
 
+def mxd(T: int, H: int, O: int, N: int, k: int, dtype: torch.dtype) -> None:
+    native = torch.ops.mumoe_native
+    z, weight, bias = normal(T, H, dtype=dtype), normal(N, H, dtype=dtype), normal(N, dtype=dtype)
+    native.topk_gate_forward(z, weight, None, k)
+    values, indices = (at_end_of_page(x) for x in native.topk_gate_forward(z, weight, bias, k))
+    native.topk_gate_backward(normal(T, k, dtype=dtype), values, indices, z, weight, needs=[True] * 3)
+    inputs = z, values, indices, normal(N, O, dtype=dtype), normal(O, H, dtype=dtype)
+    _, A, B = native.mxd_forward(*inputs, activation="gelu", save=True)
+    dy, B = normal(T, O, dtype=dtype), at_end_of_page(B)
+    native.mxd_backward(dy, A, B, *inputs, activation="gelu", needs=[True] * 4)
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         torch.ops.load_library(sys.argv[1])
@@ -109,6 +121,11 @@ def main() -> None:
         cp(18, 17, 19, (33, 2), R, dtype, share, "none")
         tr(5, 17, 7, (40,), (4, 4, R), dtype, share)
         tr(5, 17, 7, (33, 2), (1, 3, 5, R), dtype, share)
+    for dtype, N, O in itertools.product(dtypes, (1, 15, 17, 300), (1, 15, 17, 137)):
+        for k in {1, min(5, N), N}:
+            mxd(19, 17, O, N, k, dtype)
+    mxd(3, 17, 7, 100, 5, torch.bfloat16)
+    mxd(50, 17, 7, 100, 5, torch.bfloat16)
     print("no access outside its memory")
 
 

@@ -46,7 +46,10 @@ def test_coefficients_and_both_gradients(kind: str, alpha: float, dtype: torch.d
 
 @pytest.mark.parametrize("alpha", [1.0, 1 + 1e-6])
 def test_alphas_gradient_keeps_its_digits_at_1(alpha: float) -> None:
-    """Where the paper's form divides a difference by (α − 1)². With p = softmax(x) the limit is −½ Σ p log²p (da − Σ p da)."""
+    """Where the paper's form divides a difference by (α − 1)².
+
+    With p = softmax(x) the limit is −½ Σ p log²p (da − Σ p da).
+    """
     x, da = rows("normal", 40, 100), torch.randn(40, 100)
     p, dp = x.double().softmax(-1), da.double()
     truth = -0.5 * (p * p.log().square() * (dp - (p * dp).sum(-1, keepdim=True))).sum()

@@ -1,4 +1,4 @@
-"""The native Mixture of Decoders: its top-k gate and its experts, against float64 truth and over the vectors' corners."""
+"""The native Mixture of Decoders: its top-k gate and its experts, against float64 truth, at the corners of vectors."""
 
 from __future__ import annotations
 
@@ -271,7 +271,14 @@ def strided(x: Tensor) -> Tensor:
     return larger[::3, ::2]
 
 
-@pytest.mark.parametrize("layout", [transposed, strided])
+def inside(x: Tensor) -> Tensor:
+    """Dense rows, far apart, that begin inside a larger memory."""
+    larger = x.new_full((2 * x.shape[0] + 1, x.shape[1] + 3), math.nan)
+    larger[1::2, 2:-1] = x
+    return larger[1::2, 2:-1]
+
+
+@pytest.mark.parametrize("layout", [transposed, strided, inside])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
     problem = mxd_problem(5, 18, 17, 6, 3, activation="gelu", dtype=dtype).map(layout)
