@@ -25,7 +25,9 @@ NATIVE_READY = _NATIVE_MISSING is None
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _DTYPES = {"triton": (torch.float32, torch.bfloat16, torch.float16), "native": NATIVE_DTYPES}
 # Operator families that csrc/ has; the Triton kernels have them all.
-_NATIVE_OPERATORS = frozenset({"entmax", "gate", "batch_norm", "cp", "tensor_ring", "tucker", "full"})
+_NATIVE_OPERATORS = frozenset(
+    {"entmax", "learned_entmax", "gate", "batch_norm", "cp", "tensor_ring", "tucker", "full", "mxd"}
+)
 
 
 def obstacle(impl: str, device: torch.device, dtype: torch.dtype, operator: str = "") -> str | None:
