@@ -25,8 +25,9 @@ Logits::Logits(const Tensor& weight, ScalarType dtype, int64_t tokens) : N_(weig
     weight_ = with_dense_rows(rounded);
     return;
   }
-  // packing reads the whole weight, which pays from some tokens on
-  if (dtype != ScalarType::BFloat16 || bf16_dots() == nullptr || tokens < 4 * kRows) {
+  // packing writes half of what converting does, but pays from some tokens on where either stays in a cache
+  bool in_cache = N_ * I_ < (1 << 20);
+  if (dtype != ScalarType::BFloat16 || bf16_dots() == nullptr || (in_cache && tokens < 4 * kRows)) {
     weight_ = converted(rounded, ScalarType::Float);
     return;
   }
