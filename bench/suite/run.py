@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import groupby
 
 import torch
@@ -26,6 +24,7 @@ from mumoe_fast.bench.suite.records import Ceilings, Record, Run
 from mumoe_fast.bench.suite.roofline import floor_at
 from mumoe_fast.bench.suite.timing import Action, captured, clock_of, latencies
 from mumoe_fast.bench.suite.workloads import Workload
+from mumoe_fast.bench.verify import quick_verify
 
 SEED = 0
 WRONG = "wrong: "  # how a check's problem begins that is not that the side cannot run
@@ -56,9 +55,7 @@ def dtype_name(case: Case) -> str:
 
 def unverified(impl: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     """Why nothing of `impl` may be timed: its operators' numerics are outside the rule; None if they are not."""
-    if find_spec("mumoe_fast.bench.verify") is None:
-        return None
-    failures = import_module("mumoe_fast.bench.verify").quick_verify(impl, device, dtypes)
+    failures = quick_verify(impl, device, dtypes)
     return f"its quick verify fails: {failures[0]}" if failures else None
 
 
