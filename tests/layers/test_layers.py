@@ -244,7 +244,7 @@ def test_a_learned_alpha_starts_inside_its_range(alpha: float) -> None:
 def test_few_tokens_without_gradients_take_one_call_and_agree(
     levels: tuple[int, ...], tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hindrance = obstacle("native", torch.device("cpu"), torch.float32, "cp")
+    hindrance = obstacle("native", torch.device("cpu"), torch.float32)
     if hindrance is not None:
         pytest.skip(hindrance)
     layer = MuMoE(8, 5, levels, rank=7)
