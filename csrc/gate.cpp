@@ -23,11 +23,6 @@ namespace mumoe {
 
 namespace {
 
-// Tokens whose float32 logits over N experts stay near the cores, but enough of them for a GEMM.
-int64_t chunk_of(int64_t N) {
-  return std::max<int64_t>(256, (int64_t{8} << 20) / (4 * std::max<int64_t>(N, 1)));
-}
-
 bool is_layer(const std::string& norm) {
   STD_TORCH_CHECK(norm == "layer" || norm == "none", "gate: expected norm layer or none, got ", norm);
   return norm == "layer";
@@ -36,12 +31,6 @@ bool is_layer(const std::string& norm) {
 // The weight as it takes part: rounded to z's dtype, then float32.
 Tensor quantised(const Tensor& weight, ScalarType dtype) {
   return converted(converted(weight, dtype), ScalarType::Float);
-}
-
-std::optional<Tensor> quantised(const std::optional<Tensor>& bias, ScalarType dtype) {
-  if (!bias.has_value()) return std::nullopt;
-  Tensor row = as_contiguous(*bias);
-  return quantised(view(row, {1, row.size(0)}, {row.size(0), 1}), dtype);
 }
 
 struct GateOptions {
@@ -57,9 +46,9 @@ Tensor logit_gradient(const Tensor& da, const Tensor& a, const Tensor& z, const 
   Tensor ds = empty<S>({T, N});
   std::optional<Logits> logits_of;
   if (options.layer) logits_of.emplace(weight, dtype_of<S>, T);
-  std::optional<Tensor> bias_float = quantised(bias, dtype_of<S>);
+  std::optional<Tensor> bias_float = logits_bias(bias, dtype_of<S>);
   Matrix<S> da_rows = matrix<S>(da), a_rows = matrix<S>(a), ds_rows = matrix<S>(ds);
-  for (int64_t begin = 0, chunk = chunk_of(N); begin < T; begin += chunk) {
+  for (int64_t begin = 0, chunk = logits_chunk(N); begin < T; begin += chunk) {
     int64_t end = std::min(begin + chunk, T);
     std::optional<Tensor> logits;
     if (options.layer) logits = logits_of->of(row_range(z, begin, end));
@@ -181,9 +170,9 @@ Tensor gate_forward(
     int64_t T = z.size(0), N = weight.size(0);
     Tensor a = empty<S>({T, N});
     Logits logits_of(weight, dtype_of<S>, T);
-    std::optional<Tensor> bias_float = quantised(bias, dtype_of<S>);
+    std::optional<Tensor> bias_float = logits_bias(bias, dtype_of<S>);
     Matrix<S> a_rows = matrix<S>(a);
-    for (int64_t begin = 0, chunk = chunk_of(N); begin < T; begin += chunk) {
+    for (int64_t begin = 0, chunk = logits_chunk(N); begin < T; begin += chunk) {
       int64_t end = std::min(begin + chunk, T);
       Tensor logits = logits_of.of(row_range(z, begin, end));
       Matrix<float> s = matrix<float>(logits);

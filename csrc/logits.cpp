@@ -14,6 +14,12 @@ constexpr int64_t kFewHalfTokens = 4 * kRows;  // up to which packing the whole 
 
 }  // namespace
 
+std::optional<Tensor> logits_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
+  if (!bias.has_value()) return std::nullopt;
+  Tensor row = as_contiguous(*bias);
+  return converted(converted(view(row, {1, row.size(0)}, {row.size(0), 1}), dtype), ScalarType::Float);
+}
+
 Logits::Logits(const Tensor& weight, ScalarType dtype, int64_t tokens) : N_(weight.size(0)), I_(weight.size(1)) {
   Tensor rounded = with_dense_rows(converted(weight, dtype));
   if (dtype != ScalarType::BFloat16 || tokens <= kFewHalfTokens) {

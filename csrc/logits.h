@@ -5,6 +5,14 @@
 
 namespace mumoe {
 
+// Tokens whose float32 logits over N experts stay near the cores, but enough of them for a GEMM.
+inline int64_t logits_chunk(int64_t N) {
+  return std::max<int64_t>(256, (int64_t{8} << 20) / (4 * std::max<int64_t>(N, 1)));
+}
+
+// A bias (N,) of the logits as it takes part: rounded to z's dtype, then a row in float32.
+std::optional<Tensor> logits_bias(const std::optional<Tensor>& bias, ScalarType dtype);
+
 class Logits {
  public:
   // weight (N, I) in any dtype; z's dtype and, at most, how many tokens will come.

@@ -24,6 +24,8 @@ template <class S>
 constexpr ScalarType dtype_of = ScalarType::Float;
 template <>
 inline constexpr ScalarType dtype_of<bfloat16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType dtype_of<int64_t> = ScalarType::Long;
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[8], stride = 1;
@@ -31,7 +33,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes.begin()[d], 1);
   }
-  int32_t code = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+  int32_t code = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
+                 : dtype == ScalarType::Long ? aoti_torch_dtype_int64()
+                                             : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0, &handle));

@@ -208,12 +208,13 @@ def mxd_backward(
     out_factor: Tensor,
     *,
     activation: str,
-    needs: MxDNeeds,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dz, dvalues, dCᵀ (N, O), dD (O, H), each None where it is not needed; A and B are what `mxd_forward` saved.
 
     Weight gradients accumulate in float32 and come in the factors' dtype.
     """
+    needs = MxDNeeds(*needs)
     dA, dB = _product_backward(dy, A, B, needs.values or needs.expert_factors, needs.z or needs.out_factor)
     dvalues, d_expert_factors, dz, d_out_factor = None, None, None, None
     if dA is not None and needs.values:

@@ -14,13 +14,28 @@ from typing import Any
 
 import pytest
 
+from mumoe_fast.ops._native_library import available
+
 torch.set_num_threads(1)  # the test processes share the cores
 
 
+def _is_native(request: pytest.FixtureRequest) -> bool:
+    callspec = getattr(request.node, "callspec", None)
+    return callspec is not None and callspec.params.get("impl") == "native"
+
+
 @pytest.fixture
-def device() -> torch.device:
-    """Where kernels run here: the GPU, or the CPU under the interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where kernels run here: the GPU, or the CPU under the interpreter; for the native kernels always the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and not _is_native(request) else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def native_kernels(request: pytest.FixtureRequest) -> None:
+    """The native column of a test is left out where they are not built."""
+    missing = available() if _is_native(request) else None
+    if missing is not None:
+        pytest.skip(missing)
 
 
 @pytest.fixture(autouse=True)

@@ -139,7 +139,7 @@ def test_float64_goes_to_the_reference() -> None:
     assert torch.equal(F.entmax(x), reference.entmax(x))
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0, 3), (2, 1, 2)])
 def test_leading_dimensions_are_flattened_and_restored(
     impl: str, leading: tuple[int, ...], device: torch.device
@@ -153,7 +153,7 @@ def test_leading_dimensions_are_flattened_and_restored(
     assert F.entmax(a, impl=impl).shape == a.shape
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 def test_autocast_casts_tokens_and_keeps_the_gates_weight(impl: str, device: torch.device) -> None:
     z = torch.randn(T, I, device=device, requires_grad=True)
     weight = torch.randn(N, I, device=device, requires_grad=True)
@@ -171,7 +171,7 @@ def test_autocast_casts_tokens_and_keeps_the_gates_weight(impl: str, device: tor
         assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 def test_batch_norm_gate_agrees_with_batch_norm_over_tokens(impl: str, device: torch.device) -> None:
     z, weight = torch.randn(3, 7, I, device=device), torch.randn(N, I, device=device)
     a, mean, var = F.batch_norm_gate(z, weight, impl=impl)

@@ -62,11 +62,12 @@ def check(
         return Checked((), f"cannot run: {str(error).splitlines()[0]}")
     by_eager = results(eager, x, dy)
     dy = None if dy is None else dy.double()
-    if workload.norm == "batch":
+    if implementation.factorization is None:
+        by_truth, magnitude = truth(exact, x.double(), dy, groups=1)
+    elif workload.norm == "batch":
         by_truth, magnitude = _truth_of_batch(exact, x.double(), dy)
     else:
-        groups = 1 if implementation.factorization is None else TOKEN_GROUPS
-        by_truth, magnitude = truth(exact, x.double(), dy, groups)
+        by_truth, magnitude = truth(exact, x.double(), dy)
     if dy is not None and isinstance(exact, MuMoE | MuMoEMLP):
         for name, larger in _gate_magnitude(exact, x.double(), dy).items():
             magnitude[name] = torch.maximum(magnitude[name], larger)

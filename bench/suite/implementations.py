@@ -39,7 +39,6 @@ from mumoe_fast.ops import dispatch
 DENSE, LIGER = "dense", "sparse MoE, liger-kernel"
 KINDS = ("ours", "reference", "dense", "dense MoE", "sparse MoE")
 LABELS = {"cp": "CP", "tr": "TR", "tt": "TT", "tucker": "Tucker", "full": "full"}
-FAMILIES = {"cp": "cp", "tr": "tensor_ring", "tt": "tensor_ring", "tucker": "tucker", "full": "full"}  # of operators
 
 MEMORY_SHARE = 1 / 16  # of the device's memory: the check in float64, with gradients, takes several times as much
 MULTIPLY_ADDS_ON_A_CPU = 250e9  # of one forward pass, which takes about a second
@@ -277,14 +276,10 @@ def _naive_scratch(workload: Workload, factorization: str) -> int:
     return largest
 
 
-def _kernel_hindrance(
-    workload: Workload, dtype: torch.dtype, device: torch.device, factorization: str, impl: str
-) -> str | None:
+def _kernel_hindrance(workload: Workload, dtype: torch.dtype, device: torch.device, impl: str) -> str | None:
     if impl == "triton" and device.type == "cpu":
         return "Triton compiles for GPUs; its interpreter is for tests and no speed"
-    gate = "batch_norm" if workload.norm == "batch" else "gate"
-    operators = (gate, FAMILIES[factorization])
-    return next((why for operator in operators if (why := dispatch.obstacle(impl, device, dtype, operator))), None)
+    return dispatch.obstacle(impl, device, dtype)
 
 
 def _of_factorization(factorization: str) -> Iterator[Implementation]:
@@ -292,7 +287,7 @@ def _of_factorization(factorization: str) -> Iterator[Implementation]:
     flops = partial(_mumoe_flops, factorization=factorization)
     for impl in ("triton", "native"):
         make = partial(_mumoe, factorization=factorization, impl=impl)
-        hindrance = partial(_kernel_hindrance, factorization=factorization, impl=impl)
+        hindrance = partial(_kernel_hindrance, impl=impl)
         yield Implementation(f"{label} {impl}", "ours", make, reference, flops, factorization, hindrance, impl=impl)
     yield Implementation(f"{label} reference", "reference", reference, reference, flops, factorization)
     name = f"{label} reference, torch.compile"

@@ -215,20 +215,83 @@ MUMOE_INLINE int64_t gather_support(
   return count;
 }
 
-// ds = σ⁻¹(dx̂ − x̂·c) in a row where x̂ = (s − mean)σ⁻¹; without logits (s null) ds = dx̂. 3(N + 16) floats of scratch.
-template <class S, class Out>
-MUMOE_INLINE void backward_row(const S* da, const S* a, const float* s, int64_t N, float alpha, float mean, float rstd,
-                               Out* ds, float* scratch) {
+// A row's dx̂ on its support alone, which is gathered into 3(N + 16) floats of scratch.
+struct SparseGradient {
+  const int32_t* index;
+  float* coefficients;
+  const float* dx;
+  int64_t count;
+};
+
+template <class S>
+MUMOE_INLINE SparseGradient sparse_gradient(const S* da, const S* a, int64_t N, float alpha, float* scratch) {
   int32_t* index = reinterpret_cast<int32_t*>(scratch);
   float* coefficients = scratch + N + 16;
   float* dx = coefficients + N + 16;
   int64_t count = gather_support(da, a, N, index, coefficients, dx);
   gradient_on_support(coefficients, dx, count, alpha);
-  if (s == nullptr) {
-    sweep(N, [&](int64_t n, auto lanes) { store(ds + n, Floats{}, lanes); });
-    for (int64_t k = 0; k < count; ++k) assign(ds + index[k], dx[k]);
-    return;
-  }
+  return {index, coefficients, dx, count};
+}
+
+template <class Out>
+MUMOE_INLINE void write_row(SparseGradient gradient, int64_t N, Out* dx) {
+  sweep(N, [&](int64_t n, auto lanes) { store(dx + n, Floats{}, lanes); });
+  for (int64_t k = 0; k < gradient.count; ++k) assign(dx + gradient.index[k], gradient.dx[k]);
+}
+
+template <class S, class Out>
+void entmax_backward(const S* da, const S* a, int64_t N, float alpha, Out* dx, float* scratch) {
+  write_row(sparse_gradient(da, a, N, alpha, scratch), N, dx);
+}
+
+// −∂a/∂α by g at a threshold v that stays: with β = α − 1, u = −β log a and L = −log a
+//
+//   ℓ = (1 − (1 + u)e^{−u})/β² = L² ψ(u),  ψ(u) = ½ − u/3 + u²/8 − … = Σ_{k ≥ 2} (−1)^k (k−1)/k! u^{k−2}
+//
+// whose digits do not depend on how near α is to 1.
+MUMOE_INLINE Floats alpha_slope(Floats a, float beta) {
+  Floats L = -log(a), u = beta * L;
+  Floats series = broadcast(-2.5052108e-7f);
+  series = series * u + 2.4801587e-6f;
+  series = series * u - 2.2045855e-5f;
+  series = series * u + 1.7361111e-4f;
+  series = series * u - 1.1904762e-3f;
+  series = series * u + 6.9444444e-3f;
+  series = series * u - 3.3333333e-2f;
+  series = series * u + 0.125f;
+  series = series * u - 0.33333333f;
+  series = series * u + 0.5f;
+  Floats closed = (1.0f - (1.0f + u) * exp(-u)) / (u * u);
+  return L * L * (u > 1.0f ? closed : series);
+}
+
+// v moves with α so that Σ a stays 1: by just what the centre in dx̂ takes off da. So dα = −Σ dx̂·ℓ, here with ℓ less its
+// mean under g: Σ dx̂ = 0 but for rounding, and where a row is flat ℓ is all mean.
+template <class S>
+float learned_entmax_backward(const S* da, const S* a, int64_t N, float alpha, S* dx, float* scratch) {
+  SparseGradient gradient = sparse_gradient(da, a, N, alpha, scratch);
+  write_row(gradient, N, dx);
+  float* slopes = gradient.coefficients;
+  Floats weights{}, weighted{}, total{};
+  sweep(gradient.count, [&](int64_t k, auto lanes) {
+    Floats coefficient = load(gradient.coefficients + k, lanes);
+    Floats g = power_of_coefficients(coefficient, alpha), slope = alpha_slope(coefficient, alpha - 1.0f);
+    store(slopes + k, slope, lanes);
+    weights += lanes_or(g, 0.0f, lanes);
+    weighted += lanes_or(g * slope, 0.0f, lanes);
+  });
+  float mean = sum(weighted) / sum(weights);
+  sweep(gradient.count, [&](int64_t k, auto lanes) {
+    total -= lanes_or(load(gradient.dx + k, lanes) * (load(slopes + k, lanes) - mean), 0.0f, lanes);
+  });
+  return sum(total);
+}
+
+// ds = σ⁻¹(dx̂ − x̂·c) in a row where x̂ = (s − mean)σ⁻¹.
+template <class S>
+void layer_norm_entmax_backward(
+    const S* da, const S* a, const float* s, int64_t N, float alpha, float mean, float rstd, S* ds, float* scratch) {
+  auto [index, coefficients, dx, count] = sparse_gradient(da, a, N, alpha, scratch);
   float products = 0.0f;
   for (int64_t k = 0; k < count; ++k) products += dx[k] * (s[index[k]] - mean);
   float correlation = rstd * rstd * products / static_cast<float>(N);
@@ -238,17 +301,6 @@ MUMOE_INLINE void backward_row(const S* da, const S* a, const float* s, int64_t 
   for (int64_t k = 0; k < count; ++k) {
     assign(ds + index[k], rstd * (dx[k] - (s[index[k]] - mean) * correlation));
   }
-}
-
-template <class S, class Out>
-void entmax_backward(const S* da, const S* a, int64_t N, float alpha, Out* dx, float* scratch) {
-  backward_row(da, a, nullptr, N, alpha, 0.0f, 1.0f, dx, scratch);
-}
-
-template <class S>
-void layer_norm_entmax_backward(
-    const S* da, const S* a, const float* s, int64_t N, float alpha, float mean, float rstd, S* ds, float* scratch) {
-  backward_row(da, a, s, N, alpha, mean, rstd, ds, scratch);
 }
 
 void moments(float* s, const float* bias, int64_t N, float eps, float* mean, float* rstd) {

@@ -18,6 +18,15 @@ struct Support {
   int64_t count;
 };
 
+// Entries of a row that were found, in ascending order: `count` of them, with room for 16 more than `room`; and a poison,
+// zero unless something that was read was NaN or infinite.
+struct Candidates {
+  int32_t* index;
+  float* value;
+  int64_t room, count;
+  float poison;
+};
+
 // Functions that read and write rows of S (float or bfloat16). N, R, I count elements; ld… are row strides.
 template <class S>
 struct RowsOf {
@@ -28,6 +37,8 @@ struct RowsOf {
   // dx̂ = g ⊙ (da − Σ g·da / Σ g), g = a^{2−α}. Here and below scratch holds 3(N + 16) floats.
   void (*entmax_backward)(const S* da, const S* a, int64_t N, float alpha, S* dx, float* scratch);
   void (*entmax_backward_of_logits)(const S* da, const S* a, int64_t N, float alpha, float* dx, float* scratch);
+  // The same, and the row's share of α's gradient, for α > 1.
+  float (*learned_entmax_backward)(const S* da, const S* a, int64_t N, float alpha, S* dx, float* scratch);
   // ds = σ⁻¹ (dx̂ − x̂·mean(dx̂ ⊙ x̂)) from the logits s with their mean and σ⁻¹.
   void (*layer_norm_entmax_backward)(
       const S* da, const S* a, const float* s, int64_t N, float alpha, float mean, float rstd, S* ds,
@@ -85,6 +96,10 @@ struct Rows {
   RowsOf<bfloat16> half;
   // Mean of a row of logits after adding bias (unless null) in place, and σ⁻¹ = 1/√(var + eps), by two passes.
   void (*moments)(float* s, const float* bias, int64_t N, float eps, float* mean, float* rstd);
+  // Entries of s + bias (s where bias is null) above the threshold, from `first` on until there is no room for more;
+  // returns where it stopped.
+  int64_t (*find_above)(
+      const float* s, const float* bias, int64_t first, int64_t N, float threshold, Candidates* found);
 };
 
 const Rows& rows();

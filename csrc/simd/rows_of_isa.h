@@ -9,6 +9,7 @@ namespace {
 
 #include "entmax.h"
 #include "experts.h"
+#include "topk.h"
 
 #include "bilinear.h"
 
@@ -19,6 +20,7 @@ constexpr RowsOf<S> table() {
       .entmax_of_logits = entmax<float, S>,
       .entmax_backward = entmax_backward<S, S>,
       .entmax_backward_of_logits = entmax_backward<S, float>,
+      .learned_entmax_backward = learned_entmax_backward<S>,
       .layer_norm_entmax_backward = layer_norm_entmax_backward<S>,
       .entmax_backward_on_support = entmax_backward_on_support<S>,
       .count_nonzero = count_nonzero<S>,
@@ -45,7 +47,7 @@ constexpr RowsOf<S> table() {
 }  // namespace
 
 extern const Rows kRows;
-const Rows kRows = {MUMOE_ISA_NAME, table<float>(), table<bfloat16>(), moments};
+const Rows kRows = {MUMOE_ISA_NAME, table<float>(), table<bfloat16>(), moments, find_above};
 
 }  // namespace MUMOE_ISA
 }  // namespace mumoe

@@ -115,7 +115,7 @@ def cp_experts(
         "in_bias": (in_bias, (R,)),
     }
     _check(z, I, a, experts, activation, shapes)
-    impl = choose(impl, z, "cp")
+    impl = choose(impl, z)
     if impl == "reference":
         return reference.cp_experts(z, a, experts, in_factor, out_factor, in_bias, activation=activation)
     return _call(
@@ -174,7 +174,7 @@ def tr_experts(
         "in_bias": (in_bias, (inner, outer)),
     }
     _check(z, I, a, experts, activation, shapes)
-    impl = choose(impl, z, "tensor_ring")
+    impl = choose(impl, z)
     if impl == "reference":
         return reference.tr_experts(z, a, experts, in_core, out_core, in_bias, activation=activation)
     operators = ops.tensor_ring.tr, ops.tensor_ring.tr_hierarchy
@@ -233,7 +233,7 @@ def tucker_experts(
         "in_bias": (in_bias, (R_I,)),
     }
     _check(z, I, a, experts, activation, shapes)
-    impl = choose(impl, z, "tucker")
+    impl = choose(impl, z)
     if impl == "reference":
         return reference.tucker_experts(z, a, experts, in_factor, core, out_factor, in_bias, activation=activation)
     operators = ops.tucker.tucker, ops.tucker.tucker_hierarchy

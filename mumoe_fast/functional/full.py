@@ -59,7 +59,7 @@ def full_experts(
         fitting(f"coefficients[{e}]", a, (*z.shape[:-1], N[e]), z)
     fitting("weight", weight, (*N, O, I), z)
     fitting("bias", bias, (*N, O), z)
-    impl = choose(impl, z, "full")
+    impl = choose(impl, z)
     if impl == "reference":
         return reference.full_experts(z, levels, weight, bias, activation=activation)
     a = reference.joint_coefficients([tokens(a) for a in levels])

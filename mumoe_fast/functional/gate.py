@@ -40,7 +40,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, *, impl: str = "auto") -> Ten
     check.alpha(alpha)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., N) with at least one expert, got {tuple(x.shape)}")
-    return _entmax(x, alpha, choose(impl, x, "learned_entmax" if isinstance(alpha, Tensor) else "entmax"))
+    return _entmax(x, alpha, choose(impl, x))
 
 
 def _entmax(x: Tensor, alpha: float | Tensor, impl: str) -> Tensor:
@@ -99,7 +99,7 @@ def gate(
     """
     check.one_of("norm", norm, ("layer", "none"))
     z = _check_gate(z, weight, bias, alpha, eps)
-    impl = choose(impl, z, "learned_entmax" if isinstance(alpha, Tensor) else "gate")
+    impl = choose(impl, z)
     if impl == "reference":
         return reference.gate(z, weight, bias, norm="layer" if norm == "layer" else "none", alpha=alpha, eps=eps)
     tokens = z.reshape(-1, z.shape[-1])
@@ -142,7 +142,7 @@ def batch_norm_gate(
         TypeError, ValueError, RuntimeError: as `gate`; ValueError also for fewer than two tokens.
     """
     z = _check_gate(z, weight, None, alpha, eps)
-    impl = choose(impl, z, "learned_entmax" if isinstance(alpha, Tensor) else "batch_norm")
+    impl = choose(impl, z)
     tokens = z.reshape(-1, z.shape[-1])
     if impl == "reference":
         s = reference.gate_logits(tokens, weight)

@@ -44,7 +44,7 @@ def topk_gate(
     check.positive("k", k)
     if k > len(weight):
         raise ValueError(f"k: expected at most the {len(weight)} experts of weight, got {k}")
-    impl = choose(impl, z, "mxd")
+    impl = choose(impl, z)
     if impl == "reference":
         values, indices = reference.topk_gate(z, weight, bias, k).topk(k, dim=-1)
         return values, indices
@@ -90,7 +90,7 @@ def mxd_experts(
         check.floating(name, x)
     h, values, expert_factors, out_factor = autocast(*named.values())
     _check_experts(h, values, indices, expert_factors, out_factor, activation)
-    impl = choose(impl, h, "mxd")
+    impl = choose(impl, h)
     if impl == "reference":
         return _reference(h, values, indices, expert_factors, out_factor, activation)
     save = needs_gradient([h, values, expert_factors, out_factor])

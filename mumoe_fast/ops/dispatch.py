@@ -24,20 +24,18 @@ _NATIVE_MISSING = _native_library.available()
 NATIVE_READY = _NATIVE_MISSING is None
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _DTYPES = {"triton": (torch.float32, torch.bfloat16, torch.float16), "native": NATIVE_DTYPES}
-# Operator families that csrc/ has; the Triton kernels have them all.
-_NATIVE_OPERATORS = frozenset({"entmax", "gate", "batch_norm", "cp", "tensor_ring", "tucker", "full"})
 
 
-def obstacle(impl: str, device: torch.device, dtype: torch.dtype, operator: str = "") -> str | None:
+def obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `impl` cannot run on tensors of this device and dtype, and what to do about it; None if it can.
 
-    `operator` is a family of operators (entmax, gate, cp, …), or "" for the implementation as such.
+    Every implementation has every operator.
     """
     if impl == "reference":
         return None
     if dtype not in _DTYPES[impl]:
         return f'it computes in float32 and takes no {dtype}: convert the tensors or use impl="reference"'
-    return _native_obstacle(device, operator) if impl == "native" else _triton_obstacle(device)
+    return _native_obstacle(device) if impl == "native" else _triton_obstacle(device)
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
@@ -51,13 +49,11 @@ def _triton_obstacle(device: torch.device) -> str | None:
     )
 
 
-def _native_obstacle(device: torch.device, operator: str) -> str | None:
+def _native_obstacle(device: torch.device) -> str | None:
     if _NATIVE_MISSING is not None:
         return _NATIVE_MISSING
     if device.type != "cpu":
         return f'it is for CPU tensors and these are on {device.type}: use impl="auto"'
-    if operator and operator not in _NATIVE_OPERATORS:
-        return f'it has no {operator}: use impl="auto"'
     return None
 
 
@@ -74,23 +70,23 @@ class Choice:
     reason: str
 
 
-def best(device: torch.device, dtype: torch.dtype, operator: str = "") -> Choice:
-    """What `impl="auto"` picks on this device for this dtype and family of operators."""
+def best(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What `impl="auto"` picks on this device for this dtype."""
     if dtype not in _DTYPES["triton"]:
         return Choice("reference", f"{dtype} goes to the reference: the kernels compute in float32")
     if device.type == "cuda":
-        hindrance = obstacle("triton", device, dtype, operator)
+        hindrance = obstacle("triton", device, dtype)
         if hindrance is None:
             return Choice("triton", "the tensors are on a GPU and Triton is installed")
         return Choice("reference", f"no Triton kernels: {hindrance}")
-    hindrance = obstacle("native", device, dtype, operator)
+    hindrance = obstacle("native", device, dtype)
     if hindrance is None:
         return Choice("native", "the tensors are on the CPU and the native kernels are built")
     return Choice("reference", f"no native kernels: {hindrance}")
 
 
-def choose(impl: str, z: Tensor, operator: str) -> str:
-    """The implementation of a family of operators that runs on z, for an `impl` argument.
+def choose(impl: str, z: Tensor) -> str:
+    """The implementation that runs on z, for an `impl` argument.
 
     Raises:
         ValueError: `impl` is unknown.
@@ -99,8 +95,8 @@ def choose(impl: str, z: Tensor, operator: str) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto":
-        return best(z.device, z.dtype, operator).impl
-    hindrance = obstacle(impl, z.device, z.dtype, operator)
+        return best(z.device, z.dtype).impl
+    hindrance = obstacle(impl, z.device, z.dtype)
     if hindrance is not None:
         raise RuntimeError(f'impl="{impl}" cannot run here: {hindrance}')
     return impl

@@ -123,7 +123,10 @@ def _forward_fake(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = z.new_empty(z.shape[0], out_factor.shape[0])
-    return (y, torch.empty_like(y), torch.empty_like(y)) if save else (y, absent(z), absent(z))
+    if not save:
+        return y, absent(z), absent(z)
+    A = absent(z) if impl == "native" else torch.empty_like(y)  # the native backward gathers it once more
+    return y, A, torch.empty_like(y)
 
 
 def _backward(
@@ -139,9 +142,8 @@ def _backward(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, ...]:
-    module = launchers(impl, "mxd")
     tensors = (dy, A, B, z, values, indices, expert_factors, out_factor)
-    gradients = module.mxd_backward(*tensors, activation=activation, needs=module.MxDNeeds(*needs))
+    gradients = launchers(impl, "mxd").mxd_backward(*tensors, activation=activation, needs=tuple(needs))
     return tuple(absent(z) if gradient is None else gradient for gradient in gradients)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from mumoe_fast.ops.dispatch import obstacle
 from mumoe_fast.testing import trials
-from mumoe_fast.testing.problems_layer import LayerCase, layer_cases
+from mumoe_fast.testing.problems_layer import FACTORIZATIONS, LayerCase, layer_cases
 from mumoe_fast.testing.trials import Trial
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +33,6 @@ class Case:
         family: of operators, or "layer".
         label: the input; unique in its family.
         dtype: of the inputs.
-        operators: what an implementation needs to run it, as `ops.dispatch` names them.
         make: the trial on freshly drawn inputs.
         quick: whether it is one of the few of its family that are tried where time is short.
     """
@@ -41,7 +40,6 @@ class Case:
     family: str
     label: str
     dtype: torch.dtype
-    operators: tuple[str, ...]
     make: Callable[[torch.dtype, torch.device], Trial]
     quick: bool
 
@@ -55,8 +53,7 @@ class Case:
 
     def obstacle(self, impl: str, device: torch.device) -> str | None:
         """Why an implementation cannot run this case; None if it can."""
-        reasons = (obstacle(impl, device, self.dtype, operator) for operator in self.operators)
-        return next((reason for reason in reasons if reason is not None), None)
+        return obstacle(impl, device, self.dtype)
 
     def build(self, device: torch.device) -> Trial:
         """The trial, on inputs that depend on the case's name alone."""
@@ -70,7 +67,6 @@ class Family:
     """Rows of options for one of `trials`; the first is its quick one."""
 
     name: str
-    operators: tuple[str, ...]
     make: Callable[..., Trial]
     rows: tuple[Options, ...]
 
@@ -79,7 +75,7 @@ class Family:
         for row in self.rows:
             make = partial(self.make, **row)
             for dtype in DTYPES[1:] if row.get("weights") == "master" else DTYPES:
-                yield Case(self.name, _label(row), dtype, self.operators, make, quick=row is self.rows[0])
+                yield Case(self.name, _label(row), dtype, make, quick=row is self.rows[0])
 
 
 def _label(options: Options) -> str:
@@ -103,7 +99,6 @@ _DIFFICULT = (  # the first has every expert in its support, so that a wrong edg
 FAMILIES = (
     Family(
         "entmax",
-        ("entmax",),
         trials.entmax,
         (
             *({"rows": rows, "T": 4, "N": 33, "alpha": 1.5} for rows in _DIFFICULT),
@@ -116,7 +111,6 @@ FAMILIES = (
     ),
     Family(
         "learned_entmax",
-        ("learned_entmax",),
         trials.learned_entmax,
         (
             {"T": 5, "N": 17, "alpha": 1.5},
@@ -127,7 +121,6 @@ FAMILIES = (
     ),
     Family(
         "gate",
-        ("gate",),
         trials.gate,
         (
             {"T": 5, "I": 24, "N": 20},
@@ -143,7 +136,6 @@ FAMILIES = (
     ),
     Family(
         "batch_norm",
-        ("batch_norm",),
         trials.gate,
         (
             {"T": 9, "I": 16, "N": 17, "norm": "batch"},
@@ -154,7 +146,6 @@ FAMILIES = (
     ),
     Family(
         "cp",
-        ("cp",),
         trials.cp,
         (
             {"T": 17, "I": 23, "O": 11, "N": (6, 17), "R": 21, "activation": "gelu"},
@@ -167,7 +158,6 @@ FAMILIES = (
     ),
     Family(
         "tr",
-        ("tensor_ring",),
         trials.tensor_ring,
         (
             {"T": 17, "I": 18, "O": 11, "N": (20,), "R": (4, 4, 21), "activation": "gelu"},
@@ -178,7 +168,6 @@ FAMILIES = (
     ),
     Family(
         "tt",
-        ("tensor_ring",),
         trials.tensor_ring,
         (
             {"T": 17, "I": 18, "O": 11, "N": (20,), "R": (1, 5, 16), "activation": "relu"},
@@ -187,7 +176,6 @@ FAMILIES = (
     ),
     Family(
         "tucker",
-        ("tucker",),
         trials.tucker,
         (
             {"T": 17, "I": 21, "O": 11, "N": (5,), "R": (3, 17, 9), "activation": "gelu"},
@@ -198,7 +186,6 @@ FAMILIES = (
     ),
     Family(
         "full",
-        ("full",),
         trials.full,
         (
             {"T": 17, "I": 21, "O": 18, "N": 4, "activation": "gelu"},
@@ -208,7 +195,6 @@ FAMILIES = (
     ),
     Family(
         "topk",
-        ("mxd",),
         trials.topk,
         (
             {"T": 6, "I": 20, "N": 11, "k": 5},
@@ -218,7 +204,6 @@ FAMILIES = (
     ),
     Family(
         "mxd",
-        ("mxd",),
         trials.mxd,
         (
             {"T": 6, "H": 20, "O": 18, "N": 11, "k": 5, "activation": "gelu"},
@@ -228,12 +213,10 @@ FAMILIES = (
     ),
 )
 
-_LAYER_OPERATORS = {"cp": "cp", "tr": "tensor_ring", "tt": "tensor_ring", "tucker": "tucker", "full": "full"}
-
 
 def _layers() -> Iterator[Case]:
     """Whole layers; one of every factorisation is quick, the dtypes taking turns. CP's few tokens may be one call."""
-    quick = dict(zip(_LAYER_OPERATORS, cycle(DTYPES)))
+    quick = dict(zip(FACTORIZATIONS, cycle(DTYPES)))
     for layer in layer_cases():
         is_quick = quick.get(layer.factorization) == layer.dtype
         yield _layer(layer, quick=is_quick)
@@ -245,9 +228,8 @@ def _layers() -> Iterator[Case]:
 
 
 def _layer(layer: LayerCase, *, backward: bool = True, quick: bool = False) -> Case:
-    gate = "batch_norm" if layer.norm == "batch" else "gate"
-    label, operators = f"{layer}{'' if backward else '-forward'}", (gate, _LAYER_OPERATORS[layer.factorization])
-    return Case("layer", label, layer.dtype, operators, partial(trials.layer, layer, backward), quick)
+    label = f"{layer}{'' if backward else '-forward'}"
+    return Case("layer", label, layer.dtype, partial(trials.layer, layer, backward), quick)
 
 
 def cases() -> list[Case]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mumoe_fast import ExpertGate, MxD, rank, reference
 
-IMPLEMENTATIONS = ["reference", "triton"]
+IMPLEMENTATIONS = ["reference", "triton", "native"]
 
 
 def block(impl: str = "auto", **options: object) -> MxD:
@@ -81,8 +81,9 @@ def test_parameters_are_those_counted_under_the_names_of_the_contract() -> None:
         assert sum(p.numel() for p in made.parameters()) == rank.mxd_parameters(features, N)
 
 
-def test_implementations_share_one_state_dict_and_agree(device: torch.device) -> None:
-    mine, theirs = block("triton").to(device), block("reference").to(device)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS[1:])
+def test_implementations_share_one_state_dict_and_agree(impl: str, device: torch.device) -> None:
+    mine, theirs = block(impl).to(device), block("reference").to(device)
     theirs.load_state_dict(mine.state_dict())
     x = torch.randn(2, 3, 12, device=device)
     dy = torch.randn(2, 3, 18, device=device)

@@ -80,8 +80,8 @@ def _waited_for(act: Callable[[], object]) -> Callable[[], object]:
     return act_and_wait
 
 
-def require(impl: str, dtype: torch.dtype, operator: str) -> None:
-    hindrance = dispatch.obstacle(impl, DEVICE, dtype, operator)
+def require(impl: str, dtype: torch.dtype) -> None:
+    hindrance = dispatch.obstacle(impl, DEVICE, dtype)
     if hindrance is not None:
         pytest.skip(hindrance)
 
@@ -89,13 +89,13 @@ def require(impl: str, dtype: torch.dtype, operator: str) -> None:
 @pytest.mark.parametrize("direction", [FORWARD, STEP])
 @pytest.mark.parametrize("N", [256, 2048])
 def test_entmax(benchmark: BenchmarkFixture, N: int, direction: str, impl: str, dtype: torch.dtype) -> None:
-    require(impl, dtype, "entmax")
+    require(impl, dtype)
     time(benchmark, Entmax(impl), N, dtype, direction)
 
 
 @pytest.mark.parametrize("direction", [FORWARD, STEP])
 def test_gate(benchmark: BenchmarkFixture, direction: str, impl: str, dtype: torch.dtype) -> None:
-    require(impl, dtype, "gate")
+    require(impl, dtype)
     time(benchmark, GateAlone(trained(MuMoE(768, 8, 256, rank=8, impl=impl))), 768, dtype, direction)
 
 
@@ -104,7 +104,7 @@ def test_gate(benchmark: BenchmarkFixture, direction: str, impl: str, dtype: tor
 def test_experts(
     benchmark: BenchmarkFixture, factorization: str, direction: str, impl: str, dtype: torch.dtype
 ) -> None:
-    require(impl, dtype, OPERATORS[factorization])
+    require(impl, dtype)
     layer = trained(MuMoE(768, 1000, 128, factorization=factorization, impl=impl))
     assert isinstance(layer, MuMoE)
     x = random_tokens(T, 768, dtype=dtype, device=DEVICE)
@@ -118,6 +118,6 @@ def test_experts(
 def test_gpt_2_block(
     benchmark: BenchmarkFixture, factorization: str, direction: str, impl: str, dtype: torch.dtype
 ) -> None:
-    require(impl, dtype, OPERATORS[factorization])
+    require(impl, dtype)
     block = trained(MuMoEMLP(768, 3072, num_experts=256, factorization=factorization, impl=impl))
     time(benchmark, block, 768, dtype, direction)

@@ -54,6 +54,7 @@ def gate(T: int, I: int, N: int, dtype: torch.dtype, norm: str, alpha: float, bi
     a = at_end_of_page(native.gate_forward(z, weight, b, **options))
     native.gate_backward(da, a, z, weight, b, **options, needs=[True] * 3)
     native.entmax_backward(da, native.entmax_forward(da, alpha), alpha)
+    native.learned_entmax_backward(da, at_end_of_page(a), at_end_of_page(torch.tensor([max(alpha, 1.1)])))
     s = at_end_of_page(native.gate_logits_forward(z, weight))
     native.gate_logits_backward(s, z, weight)
     mean, var = native.batch_norm_statistics(s)
@@ -110,6 +111,18 @@ def full(T: int, I: int, O: int, N: int, dtype: torch.dtype, share: float, activ
         native.full_backward(normal(T, O, dtype=dtype), *arguments, **options)
 
 
+def mxd(T: int, H: int, O: int, N: int, k: int, dtype: torch.dtype) -> None:
+    native = torch.ops.mumoe_native
+    z, weight, bias = normal(T, H, dtype=dtype), normal(N, H, dtype=dtype), normal(N, dtype=dtype)
+    native.topk_gate_forward(z, weight, None, k)
+    values, indices = (at_end_of_page(x) for x in native.topk_gate_forward(z, weight, bias, k))
+    native.topk_gate_backward(normal(T, k, dtype=dtype), values, indices, z, weight, needs=[True] * 3)
+    inputs = z, values, indices, normal(N, O, dtype=dtype), normal(O, H, dtype=dtype)
+    _, A, B = native.mxd_forward(*inputs, activation="gelu", save=True)
+    dy, B = normal(T, O, dtype=dtype), at_end_of_page(B)
+    native.mxd_backward(dy, A, B, *inputs, activation="gelu", needs=[True] * 4)
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         torch.ops.load_library(sys.argv[1])
@@ -135,6 +148,11 @@ def main() -> None:
             tucker(18, 9, 19, (33, 2), (3, 2, 18, R), dtype, share, activation)
             full(18, R, 15, 9, dtype, share, activation)
             full(5, 17, R, 3, dtype, share, activation)
+    for dtype, N, O in itertools.product(dtypes, (1, 15, 17, 300), (1, 15, 17, 137)):
+        for k in {1, min(5, N), N}:
+            mxd(19, 17, O, N, k, dtype)
+    mxd(3, 17, 7, 100, 5, torch.bfloat16)
+    mxd(50, 17, 7, 100, 5, torch.bfloat16)
     print("no access outside its memory")
 
 

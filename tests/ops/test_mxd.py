@@ -53,14 +53,14 @@ def samples() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 NAMES = list(samples())
 
 
-@pytest.mark.parametrize("impl", ["triton"])
+@pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, impl: str) -> None:
     operator, arguments = samples()[name]
     torch.library.opcheck(operator, (*arguments, impl))
 
 
-@pytest.mark.parametrize("impl", ["triton"])
+@pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", ["gate", "mxd"])
 def test_double_backward_is_a_clear_error(name: str, impl: str) -> None:
     operator, arguments = samples()[name]
@@ -71,16 +71,17 @@ def test_double_backward_is_a_clear_error(name: str, impl: str) -> None:
         torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
 
 
+@pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", ["gate", "mxd"])
-def test_each_gradient_alone_is_what_it_is_among_all(name: str) -> None:
+def test_each_gradient_alone_is_what_it_is_among_all(name: str, impl: str) -> None:
     operator, arguments = samples()[name]
     leaves = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.requires_grad]
-    output = operator(*arguments, "triton")[0]
+    output = operator(*arguments, impl)[0]
     upstream = torch.randn_like(output)
     together = torch.autograd.grad(output, [arguments[i] for i in leaves], upstream)
     for i, expected in zip(leaves, together, strict=True):
         frozen = [x.detach() if isinstance(x, Tensor) and j != i else x for j, x in enumerate(arguments)]
-        (alone,) = torch.autograd.grad(operator(*frozen, "triton")[0], [arguments[i]], upstream)
+        (alone,) = torch.autograd.grad(operator(*frozen, impl)[0], [arguments[i]], upstream)
         assert torch.equal(alone, expected)
 
 
@@ -112,7 +113,7 @@ def test_gradcheck_of_the_reference_on_a_support() -> None:
     assert torch.autograd.gradgradcheck(lambda *few: block(z, weight, bias, *few), (h, *factors), atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 def test_a_support_stands_for_the_dense_coefficients(impl: str, device: torch.device) -> None:
     z, h, weight, bias = (torch.randn(*s, device=device) for s in ((2, 3, I), (2, 3, H), (N, I), (N,)))
     expert_factors, out_factor = torch.randn(N, O, device=device), torch.randn(O, H, device=device)
@@ -127,7 +128,7 @@ def test_a_support_stands_for_the_dense_coefficients(impl: str, device: torch.de
     )
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 def test_exactly_k_of_equal_logits_are_kept(impl: str, device: torch.device) -> None:
     z, weight = torch.ones(2, I, device=device), torch.ones(N, I, device=device)
     values, chosen = functional.topk_gate(z, weight, k=K, impl=impl)
@@ -135,8 +136,16 @@ def test_exactly_k_of_equal_logits_are_kept(impl: str, device: torch.device) -> 
     assert all(len(row.unique()) == K for row in chosen)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        ("reference", torch.bfloat16),
+        ("reference", torch.float16),
+        ("triton", torch.bfloat16),
+        ("triton", torch.float16),
+        ("native", torch.bfloat16),
+    ],
+)
 def test_autocast_keeps_the_gates_master_weights(impl: str, dtype: torch.dtype, device: torch.device) -> None:
     z, h, weight, bias = (tensor(*s).to(device).detach().requires_grad_() for s in ((T, I), (T, H), (N, I), (N,)))
     factors = [tensor(*s).to(device).detach().requires_grad_() for s in ((N, O), (O, H))]
@@ -148,7 +157,7 @@ def test_autocast_keeps_the_gates_master_weights(impl: str, dtype: torch.dtype, 
     for x in (z, h, weight, bias, *factors):
         assert x.grad is not None
         assert x.grad.dtype == torch.float32
-    if impl == "triton":  # accumulated in float32, and not rounded on the way out
+    if impl != "reference":  # accumulated in float32, and not rounded on the way out
         assert not torch.equal(weight.grad, weight.grad.to(dtype).float())
         assert torch.equal(h.grad, h.grad.to(dtype).float())
 

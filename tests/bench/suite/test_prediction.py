@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def test_predictions_are_labelled_and_hold_for_every_gpu() -> None:
     assert a100 > h100 >= h200 > 0  # type: ignore[operator]
     few = next(predict([Case(replace(BLOCK, tokens=1), SIDES["cp"], BF16, FORWARD)], RUN))
     assert few.predicted_seconds == pytest.approx(5 * LAUNCH_SECONDS, rel=0.5), "for one token launches are the cost"
+
+
+def test_nothing_is_predicted_for_a_workload_whose_input_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no demo was run
+    assert list(predict([Case(replace(BLOCK, block=0), SIDES["cp"], BF16, FORWARD)], RUN)) == []
 
 
 def test_the_gpu_that_is_here_is_measured_and_not_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
