@@ -13,12 +13,11 @@ from rich.table import Table
 from mumoe_fast.bench.suite.compare import PEAK, Change, Comparison
 from mumoe_fast.bench.suite.records import Record, measured
 
-COLUMNS = ("implementation", "median", "p20 – p80", "× dense", "× floor", "GEMM rate", "peak memory")
+COLUMNS = ("implementation", "median", "spread", "× dense", "× floor", "memory")
 LEGEND = (
-    "Medians of calls in turns, on the same input and in random order, and the spread of their bursts; × dense: by "
-    "the dense layer's median; × floor: by the least time that the machine's copy bandwidth and GEMM rate allow; "
-    "GEMM rate: achieved FLOP/s as a share of the machine's; peak memory: what one call holds beyond parameters and "
-    "input. "
+    "Medians of calls in turns, on the same input and in random order; spread: from the 20th to the 80th percentile of "
+    "their bursts, as a share of the median; × dense: by the dense layer's median; × floor: by the least time that the "
+    "machine's copy bandwidth and GEMM rate allow; memory: the most that one call holds beyond parameters and input. "
     "forward: without gradients; forward+backward: with those of the input and of every parameter."
 )
 
@@ -29,8 +28,10 @@ def show(records: Sequence[Record], console: Console) -> None:
         table = Table(
             *COLUMNS, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
         )
+        for column in table.columns:
+            column.no_wrap = True
         for column in table.columns[1:]:
-            column.justify, column.no_wrap = "right", True
+            column.justify = "right"
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -57,10 +58,9 @@ def _cells(record: Record, dense: float | None) -> tuple[str, ...]:
     return (
         record.implementation,
         duration(latency.p50),
-        f"{duration(latency.p20)} – {duration(latency.p80)}",
+        f"{(latency.p80 - latency.p20) / latency.p50:.0%}",
         _times(None if dense is None else latency.p50 / dense),
         _times(record.over_floor),
-        _if(record.fraction_of_flops, lambda share: f"{share:.0%}"),
         _if(record.peak_bytes, size),
     )
 

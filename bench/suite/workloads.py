@@ -120,7 +120,7 @@ class Workload:
 
 def _table_6() -> Iterator[Workload]:
     quick = {
-        1: Selection(SINGLE, (FORWARD,), ("cp", "tr"), (NAIVE, MOE)),
+        1: Selection(SINGLE, (FORWARD,), ("cp", "tr"), (MOE,)),
         256: Selection(SINGLE, (FORWARD,), ("cp", "tr"), ()),
     }
     for T in (1, 16, 256, 4096):
