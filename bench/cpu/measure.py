@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from mumoe_fast.bench.cpu.workloads import MEMORY, OURS, Factory, Goal, Workload
 from mumoe_fast.bench.measure import in_fresh_process, interleaved_seconds, peak_bytes, quantile
 from mumoe_fast.bench.step import FORWARD, action, random_tokens, results, truth, upstream
+from mumoe_fast.layers import MuMoE, MuMoEMLP
 from mumoe_fast.ops import native_gemm
 from mumoe_fast.ops.dispatch import NATIVE_READY
 from mumoe_fast.testing.acceptance import Verdict, judge
+from mumoe_fast.testing.magnitude import block_magnitudes
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,11 @@ def check(workload: Workload) -> tuple[tuple[Verdict, ...], str | None]:
     except (RuntimeError, ImportError) as error:
         return (), f"cannot run: {error}"
     eager = results(exact, x, dy)
-    by_truth, magnitude = truth(exact.double(), x.double(), None if dy is None else dy.double())
+    exact, x, dy = exact.double(), x.double(), None if dy is None else dy.double()
+    by_truth, magnitude = truth(exact, x, dy)
+    if dy is not None and isinstance(exact, MuMoE | MuMoEMLP):
+        larger = block_magnitudes(exact, x, dy)
+        magnitude |= {name: torch.maximum(magnitude[name], t) for name, t in larger.items()}
     verdicts = tuple(judge(name, ours[name], eager[name], y, magnitude[name], dtype) for name, y in by_truth.items())
     wrong = sorted((verdict for verdict in verdicts if not verdict.passed), key=lambda v: -v.of_allowance)
     return verdicts, f"wrong: {wrong[0]}" if wrong else None

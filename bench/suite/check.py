@@ -22,6 +22,7 @@ from mumoe_fast.bench.suite.workloads import Workload
 from mumoe_fast.layers import ExpertGate, MuMoE, MuMoEMLP
 from mumoe_fast.reference import Norm
 from mumoe_fast.testing.acceptance import Verdict, judge
+from mumoe_fast.testing.magnitude import block_magnitudes
 from mumoe_fast.testing.problems_gate import gate_magnitudes
 
 GRADIENT_GROUPS = 8  # each costs a backward pass in float64
@@ -69,7 +70,10 @@ def check(
     else:
         by_truth, magnitude = truth(exact, x.double(), dy)
     if dy is not None and isinstance(exact, MuMoE | MuMoEMLP):
-        for name, larger in _gate_magnitude(exact, x.double(), dy).items():
+        experts = block_magnitudes(exact, x.double(), dy)
+        gate = _gate_magnitude(exact, x.double(), dy)
+        experts["dx"] += gate.pop("dx")
+        for name, larger in (experts | gate | {"y in training": experts["y"]}).items():
             magnitude[name] = torch.maximum(magnitude[name], larger)
     verdicts = tuple(
         judge(name, found[name], by_eager[name], y, magnitude[name], dtype) for name, y in by_truth.items()
