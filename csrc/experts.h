@@ -21,13 +21,19 @@ inline Activation activation_of(const std::string& name) {
 constexpr int64_t kActivatedRows = 1024, kActivatedColumns = 512;
 
 template <class S>
-Tensor activated(const Tensor& z, Activation activation) {
-  if (activation == Activation::none) return z;
-  Tensor dense = with_dense_rows(z), out = empty<S>({z.size(0), z.size(1)});
+void activate_into(const Tensor& out, const Tensor& z, Activation activation) {
+  Tensor dense = with_dense_rows(z);
   Matrix<S> from = matrix<S>(dense), to = matrix<S>(out);
   parallel(from.rows, 8 * from.columns, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) rows_of<S>().activate(from[t], from.columns, activation, to[t]);
   });
+}
+
+template <class S>
+Tensor activated(const Tensor& z, Activation activation) {
+  if (activation == Activation::none) return z;
+  Tensor out = empty<S>({z.size(0), z.size(1)});
+  activate_into<S>(out, z, activation);
   return out;
 }
 
@@ -36,10 +42,12 @@ template <class S>
 Tensor activated_linear(const Tensor& z, const Tensor& W, Activation activation) {
   int64_t T = z.size(0), R = W.size(0);
   if (activation == Activation::none || T <= kActivatedRows) return linear(activated<S>(z, activation), W);
-  Tensor out = empty<S>({T, R});
+  Tensor out = empty<S>({T, R}), buffer = empty<S>({kActivatedRows, z.size(1)});
   for (int64_t begin = 0; begin < T; begin += kActivatedRows) {
     int64_t end = std::min(begin + kActivatedRows, T);
-    gemm_into(row_range(out, begin, end), activated<S>(row_range(z, begin, end), activation), transposed(W));
+    Tensor part = row_range(buffer, 0, end - begin);
+    activate_into<S>(part, row_range(z, begin, end), activation);
+    gemm_into(row_range(out, begin, end), part, transposed(W));
   }
   return out;
 }
@@ -47,14 +55,16 @@ Tensor activated_linear(const Tensor& z, const Tensor& W, Activation activation)
 // dBᵀ act(z) (R, I), and act(z) never in memory as a whole.
 template <class S>
 Tensor activated_weight_gradient(const Tensor& dB, const Tensor& z, Activation activation) {
-  int64_t I = z.size(1);
+  int64_t T = z.size(0), I = z.size(1);
   if (activation == Activation::none || I <= kActivatedColumns) {
     return gemm(transposed(dB), activated<S>(z, activation));
   }
-  Tensor dW = empty<S>({dB.size(1), I});
+  Tensor dW = empty<S>({dB.size(1), I}), buffer = empty<S>({T, kActivatedColumns});
   for (int64_t begin = 0; begin < I; begin += kActivatedColumns) {
     int64_t end = std::min(begin + kActivatedColumns, I);
-    gemm_into(column_range(dW, begin, end), transposed(dB), activated<S>(column_range(z, begin, end), activation));
+    Tensor part = view(buffer, {T, end - begin}, {end - begin, 1});
+    activate_into<S>(part, column_range(z, begin, end), activation);
+    gemm_into(column_range(dW, begin, end), transposed(dB), part);
   }
   return dW;
 }
