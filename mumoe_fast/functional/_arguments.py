@@ -55,6 +55,14 @@ def tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def untokens(y: Tensor, z: Tensor) -> Tensor:
+    """An operator's result (T, X) with z's leading dimensions, and no view: autograd and FSDP2 guard views' users."""
+    if z.dim() == 2:
+        return y
+    x: Tensor = torch.ops.aten._unsafe_view.default(y, (*z.shape[:-1], y.shape[-1]))
+    return x
+
+
 def gate_logits_arguments(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Check the arguments of ``z Gᵀ + b``; z as autocast wants it, beside which weight and bias may stay float32."""
     check.floating("z", z)

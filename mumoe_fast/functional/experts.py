@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mumoe_fast import _validation as check
 from mumoe_fast import ops, reference
-from mumoe_fast.functional._arguments import autocast, fitting, needs_gradient, tensor_per_level, tokens
+from mumoe_fast.functional._arguments import autocast, fitting, needs_gradient, tensor_per_level, tokens, untokens
 from mumoe_fast.ops.dispatch import choose
 
 __all__ = ["cp_experts", "tr_experts", "tucker_experts"]
@@ -62,7 +62,7 @@ def _call(
         y = one_level(tokens(z), tokens(coefficients[0]), experts[0], *options)[0]
     else:
         y = hierarchy(tokens(z), [tokens(a) for a in coefficients], list(experts), *options)[0]
-    return y.view(*z.shape[:-1], y.shape[-1])
+    return untokens(y, z)
 
 
 def cp_experts(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mumoe_fast import _validation as check
 from mumoe_fast import ops, reference
-from mumoe_fast.functional._arguments import autocast, fitting, tensor_per_level, tokens
+from mumoe_fast.functional._arguments import autocast, fitting, tensor_per_level, tokens, untokens
 from mumoe_fast.ops.dispatch import choose
 
 __all__ = ["full_experts"]
@@ -66,4 +66,4 @@ def full_experts(
     flat_bias = None if bias is None else bias.flatten(0, -2)
     options = (activation or "none", support_only, impl)
     y: Tensor = ops.full.full(tokens(z), a, weight.flatten(0, -3), flat_bias, *options)
-    return y.view(*z.shape[:-1], O)
+    return untokens(y, z)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mumoe_fast import _validation as check
 from mumoe_fast import ops, reference
-from mumoe_fast.functional._arguments import gate_logits_arguments
+from mumoe_fast.functional._arguments import gate_logits_arguments, tokens, untokens
+from mumoe_fast.functional._collectives import sum_both_ways, sums
 from mumoe_fast.ops.dispatch import choose
 
 __all__ = ["batch_norm_gate", "entmax", "gate"]
@@ -47,12 +48,12 @@ def _entmax(x: Tensor, alpha: float | Tensor, impl: str) -> Tensor:
     """`entmax` of checked arguments by a chosen implementation."""
     if impl == "reference":
         return reference.entmax(x, alpha)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = tokens(x)
     if isinstance(alpha, Tensor):
         a: Tensor = ops.entmax.learned_entmax(rows, alpha, impl)
     else:
         a = ops.entmax.entmax(rows, alpha, impl)
-    return a.view(x.shape)
+    return untokens(a, x)
 
 
 def _check_gate(z: Tensor, weight: Tensor, bias: Tensor | None, alpha: float | Tensor, eps: float) -> Tensor:
@@ -102,15 +103,15 @@ def gate(
     impl = choose(impl, z)
     if impl == "reference":
         return reference.gate(z, weight, bias, norm="layer" if norm == "layer" else "none", alpha=alpha, eps=eps)
-    tokens = z.reshape(-1, z.shape[-1])
+    flat = tokens(z)
     if isinstance(alpha, Tensor):  # the fused gate is compiled for one α: here its three steps, in float32
-        s = ops.batch_norm.gate_logits(tokens, weight, impl)
+        s = ops.batch_norm.gate_logits(flat, weight, impl)
         s = s if bias is None else s + bias
         x = F.layer_norm(s, s.shape[-1:], eps=eps) if norm == "layer" else s
         a = _entmax(x, alpha, impl).to(z.dtype)
     else:
-        a = ops.gate.gate(tokens, weight, bias, norm, alpha, eps, impl)
-    return a.view(*z.shape[:-1], weight.shape[0])
+        a = ops.gate.gate(flat, weight, bias, norm, alpha, eps, impl)
+    return untokens(a, z)
 
 
 def batch_norm_gate(
@@ -143,14 +144,14 @@ def batch_norm_gate(
     """
     z = _check_gate(z, weight, None, alpha, eps)
     impl = choose(impl, z)
-    tokens = z.reshape(-1, z.shape[-1])
+    flat = tokens(z)
     if impl == "reference":
-        s = reference.gate_logits(tokens, weight)
+        s = reference.gate_logits(flat, weight)
         mean, var = reference.batch_norm_statistics(s)
     else:
-        s = ops.batch_norm.gate_logits(tokens, weight, impl)
+        s = ops.batch_norm.gate_logits(flat, weight, impl)
         mean, var = ops.batch_norm.batch_norm_statistics(s, impl)
-    mean, var, T = _synchronize(mean, var, tokens.shape[0], process_group)
+    mean, var, T = _synchronize(mean, var, flat.shape[0], process_group)
     if isinstance(T, int) and T < 2:
         raise ValueError(f"z: batch norm expected at least 2 tokens in training, got {T}")
     if impl == "reference" or isinstance(alpha, Tensor):
@@ -158,7 +159,7 @@ def batch_norm_gate(
     else:
         a = ops.batch_norm.batch_entmax(s, mean, torch.rsqrt(var + eps), alpha, z.dtype, impl)
     unbiased = var.detach() * (T / (T - 1))
-    return a.view(*z.shape[:-1], weight.shape[0]), mean.detach(), unbiased
+    return untokens(a, z), mean.detach(), unbiased
 
 
 def _synchronize(
@@ -170,13 +171,10 @@ def _synchronize(
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1):
         return mean, var, T
-    from torch.distributed.nn.functional import all_reduce
-
-    total = torch.tensor(float(T), device=mean.device, dtype=mean.dtype)
-    dist.all_reduce(total, group=group)
+    (total,) = sums([torch.full((), float(T), device=mean.device, dtype=mean.dtype)], group)
     share = T / total
     if T == 0:  # no tokens have no mean, and NaN times a share of zero would reach the others
         mean, var = torch.zeros_like(mean), torch.zeros_like(var)
-    common = all_reduce(mean * share, group=group)
-    merged = all_reduce((var + (mean - common).square()) * share, group=group)
+    common = sum_both_ways(mean * share, group)
+    merged = sum_both_ways((var + (mean - common).square()) * share, group)
     return common, merged, total

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mumoe_fast import _validation as check
 from mumoe_fast import ops, reference
-from mumoe_fast.functional._arguments import autocast, gate_logits_arguments, needs_gradient, tokens
+from mumoe_fast.functional._arguments import autocast, gate_logits_arguments, needs_gradient, tokens, untokens
 from mumoe_fast.ops.dispatch import choose
 
 __all__ = ["mxd_experts", "topk_gate"]
@@ -49,7 +49,7 @@ def topk_gate(
         values, indices = reference.topk_gate(z, weight, bias, k).topk(k, dim=-1)
         return values, indices
     values, indices = ops.mxd.topk_gate(tokens(z), weight, bias, k, impl)
-    return values.view(*z.shape[:-1], k), indices.view(*z.shape[:-1], k)
+    return untokens(values, z), untokens(indices, z)
 
 
 def mxd_experts(
@@ -96,7 +96,7 @@ def mxd_experts(
     save = needs_gradient([h, values, expert_factors, out_factor])
     flat = tokens(h), tokens(values), tokens(indices)
     y: Tensor = ops.mxd.mxd(*flat, expert_factors, out_factor, activation or "none", save, impl)[0]
-    return y.view(*h.shape[:-1], y.shape[-1])
+    return untokens(y, h)
 
 
 def _check_experts(
