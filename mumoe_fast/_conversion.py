@@ -158,9 +158,11 @@ class Conversion:
     def __rich__(self) -> Group:
         from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
-        verb = "would be replaced" if self.dry_run else "replaced"
-        table = Table(title=f"{len(self.replaced)} layers {verb}", title_justify="left", show_footer=True)
+        many = f"{len(self.replaced)} layer{'' if len(self.replaced) == 1 else 's'}"
+        title = f"{many} {'would be replaced' if self.dry_run else 'replaced'}"
+        table = Table(title=title, title_justify="left", show_footer=True)
         parameters = [sum(layer.parameters_before for layer in self.replaced)]
         parameters.append(sum(layer.parameters_after for layer in self.replaced))
         table.add_column("layer", "total")
@@ -178,13 +180,13 @@ class Conversion:
             )
         lines = [f"parameters of the model: {_arrow(self.parameters_before, self.parameters_after)}"]
         lines += [f"left alone: {layer.name or '(the model itself)'}: {layer.reason}" for layer in self.left_alone]
-        return Group(table, *lines)
+        return Group(table if self.replaced else title, *map(Text, lines))
 
     def __str__(self) -> str:
         from rich.console import Console
 
         console = Console(file=io.StringIO(), width=160, no_color=True, highlight=False, markup=False)
-        console.print(self)
+        console.print(self, soft_wrap=True)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()
 

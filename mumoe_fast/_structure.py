@@ -146,7 +146,8 @@ def read_mlp(module: nn.Module) -> Dense:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     others = [name for name, _ in tensors if name.rpartition(".")[0] not in children]
     if others:
-        raise ObstacleError(f"it has parameters or buffers beside its two linear layers' ({', '.join(others)})")
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ObstacleError(f"it has parameters or buffers of its own: {', '.join(others[:3])}{more}")
     places = {(tensor.device, tensor.dtype) for _, tensor in tensors}
     if len(places) > 1:
         raise ObstacleError(f"its parameters differ in device or dtype ({', '.join(f'{d} {t}' for d, t in places)})")
@@ -166,8 +167,10 @@ def _in_order(linears: dict[str, Dense]) -> tuple[str, str]:
     raise ObstacleError(f"neither of its linear layers ({sizes}) takes what the other gives, as in a gated MLP")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
+    """One call of a recorder."""
+
     name: str
     given: Tensor
     answer: Tensor
@@ -179,6 +182,7 @@ class _Recorder(nn.Module):
     def __init__(self, name: str, out_features: int | None, calls: list[_Call]) -> None:
         super().__init__()
         self.name, self.out_features, self.calls = name, out_features, calls
+        self.weight = torch.empty(0, dtype=torch.float64, device="cpu")  # some blocks cast to their weights' dtype
 
     def forward(self, x: Tensor) -> Tensor:
         answer = x if self.out_features is None else _known_values(*x.shape[:-1], self.out_features)
@@ -194,16 +198,15 @@ def _known_values(*shape: int) -> Tensor:
 
 def _behaviour(module: nn.Module, first: str, second: str, linears: dict[str, Dense]) -> tuple[str, nn.Module | None]:
     """The activation between the two linear layers and the dropout after them, in training and evaluation alike."""
-    activations = {_activation(module, first, second, linears, training) for training in (True, False)}
-    if len(activations) > 1:
+    modes = {_observe(module, first, second, linears, training) for training in (True, False)}
+    if len(modes) > 1:
         raise ObstacleError("it computes something else in training than in evaluation")
-    (found,) = activations
-    activation, dropouts = found
+    ((activation, dropouts),) = modes
     kept = [module.get_submodule(name) for name in dropouts]
     return activation, None if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
 
 
-def _activation(
+def _observe(
     module: nn.Module, first: str, second: str, linears: dict[str, Dense], training: bool
 ) -> tuple[str, tuple[str, ...]]:
     """Run the forward on known values: the activation's name, and the names of the dropouts on the output."""
@@ -212,30 +215,29 @@ def _activation(
     y = _run(module, linears, x, calls, training)
     order = [call for call in calls if call.name in linears]
     if [call.name for call in order] != [first, second]:
-        raise ObstacleError(
-            f"its forward calls {[call.name for call in order]}, not {first} and then {second}, once each"
-        )
+        called = ", ".join(call.name for call in order) or "neither linear layer"
+        raise ObstacleError(f"its forward calls {called}; a plain MLP would call {first} and then {second}, once each")
     if not _same(order[0].given, x):
         raise ObstacleError(f"{first} is not given the block's input as it is")
     if not _same(y, order[1].answer):
         raise ObstacleError(f"its output is not {second}'s: a residual, a scale or a functional dropout")
-    dropouts = [call.name for call in calls if call.name not in linears]
-    after = {call.name for call in calls[calls.index(order[1]) :]}
-    for name in dropouts:
-        p = getattr(module.get_submodule(name), "p", 0)
-        if name not in after and p > 0:
-            raise ObstacleError(
-                f"{name} drops with p={p} before {second}, where a μMoE block is fused; convert with p=0"
-            )
-    hidden, given = order[0].answer, order[1].given
+    before, after = calls[: calls.index(order[1])], calls[calls.index(order[1]) + 1 :]
+    for call in before:
+        p = getattr(module.get_submodule(call.name), "p", 0)
+        if p > 0:
+            raise ObstacleError(f"{call.name} drops with p={p} inside the block, which is fused; convert with p=0")
+    return _activation(module, order[0], order[1]), tuple(call.name for call in after)
+
+
+def _activation(module: nn.Module, first: _Call, second: _Call) -> str:
+    """Which of ours takes the first linear layer's output to the second one's input."""
     for name, function in ACTIVATIONS.items():
-        if _same(given, function(hidden), atol=1e-7):
-            return name, tuple(name for name in dropouts if name in after)
-    between = [type(child).__name__ for name, child in module.named_children() if name not in (*linears, *dropouts)]
-    raise ObstacleError(
-        f"{second} is not given {first}'s output through {', '.join(ACTIVATIONS)}, but through something else"
-        + (f" ({', '.join(between)})" if between else "")
-    )
+        if _same(second.given, function(first.answer), atol=1e-7):
+            return name
+    others = [type(child).__name__ for child in module.children() if _looks_like_activation(child)]
+    between = f" but through {', '.join(others)}" if others else ""
+    names = ", ".join(ACTIVATIONS)
+    raise ObstacleError(f"{second.name} is not given {first.name}'s output through one of {names}{between}")
 
 
 def _run(module: nn.Module, linears: dict[str, Dense], x: Tensor, calls: list[_Call], training: bool) -> object:

@@ -4,7 +4,7 @@ Their wrapper `MuMoE` holds, per hierarchy level e, with I the input features:
 
 - `projs.{e}` (I, N_e): the gate.
 - `bn.{e}.running_mean`, `bn.{e}.running_var` (N_e), with batch norm; layer norm has no state.
-- `input_ln.weight`, `input_ln.bias` (I): in the GPT-2 setup, a layer norm of what the experts read and the gate does not.
+- `input_ln.weight`, `input_ln.bias` (I): in the GPT-2 setup, a layer norm of the experts' input, not of the gate's.
 - `MuMoE.factors.{k}`, and `MuMoE2.factors.{k}` where the block has a second layer: one per expert mode, then the input
   mode, whose last row or slice is the bias where there is one, then the output mode. CP: (N_e, R), (I + 1, R), (O, R).
   Tensor ring: (R_e, N_e, R_{e+1}), (R_{E+1}, I + 1, R_{E+2}), (R_{E+2}, O, R_1).
