@@ -151,20 +151,16 @@ def read_mlp(module: nn.Module) -> Dense:
     places = {(tensor.device, tensor.dtype) for _, tensor in tensors}
     if len(places) > 1:
         raise ObstacleError(f"its parameters differ in device or dtype ({', '.join(f'{d} {t}' for d, t in places)})")
-    first, second = _in_order(linears)
+    first, second = _call_order(module, linears)
+    if linears[first].features[1] != linears[second].features[0]:
+        sizes = (f"{name} is {'→'.join(map(str, linears[name].features))}" for name in (first, second))
+        raise ObstacleError(
+            f"its linear layers do not take what the other gives ({', '.join(sizes)}), as in a gated MLP"
+        )
     activation, dropout = _behaviour(module, first, second, linears)
     bias = linears[first].bias or linears[second].bias
     features = (*linears[first].features, linears[second].features[1])
     return Dense(features, bias, linears[first].device, linears[first].dtype, activation, dropout)
-
-
-def _in_order(linears: dict[str, Dense]) -> tuple[str, str]:
-    """The two linear layers' names, first the one whose output the other can take."""
-    for first, second in (tuple(linears), tuple(reversed(linears))):
-        if linears[first].features[1] == linears[second].features[0]:
-            return first, second
-    sizes = " and ".join("→".join(map(str, linear.features)) for linear in linears.values())
-    raise ObstacleError(f"neither of its linear layers ({sizes}) takes what the other gives, as in a gated MLP")
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +192,22 @@ def _known_values(*shape: int) -> Tensor:
     return torch.linspace(-12, 12, size.numel(), dtype=torch.float64, device="cpu").view(size)
 
 
+def _call_order(module: nn.Module, linears: dict[str, Dense]) -> tuple[str, str]:
+    """The two linear layers' names in the order in which the forward calls them."""
+    calls: list[_Call] = []
+    some_features = next(iter(linears.values())).features[0]
+    try:
+        _run(module, linears, _known_values(4, 16, some_features), calls, training=False)
+    except ObstacleError:
+        if len(calls) < 2:  # with both called, it was the features of the other one that this forward wanted
+            raise
+    called = [call.name for call in calls if call.name in linears]
+    if sorted(called) != sorted(linears):
+        raise ObstacleError(f"its forward calls {', '.join(called)}; a plain MLP calls both linear layers, once each")
+    first, second = called
+    return first, second
+
+
 def _behaviour(module: nn.Module, first: str, second: str, linears: dict[str, Dense]) -> tuple[str, nn.Module | None]:
     """The activation between the two linear layers and the dropout after them, in training and evaluation alike."""
     modes = {_observe(module, first, second, linears, training) for training in (True, False)}
@@ -214,9 +226,6 @@ def _observe(
     x = _known_values(4, 16, linears[first].features[0])
     y = _run(module, linears, x, calls, training)
     order = [call for call in calls if call.name in linears]
-    if [call.name for call in order] != [first, second]:
-        called = ", ".join(call.name for call in order) or "neither linear layer"
-        raise ObstacleError(f"its forward calls {called}; a plain MLP would call {first} and then {second}, once each")
     if not _same(order[0].given, x):
         raise ObstacleError(f"{first} is not given the block's input as it is")
     if not _same(y, order[1].answer):

@@ -127,25 +127,24 @@ def _plan(model: nn.Module, layers: Layers, factory: Factory | None) -> tuple[tu
     names = parameter_names(model)
     plan: list[_Step] = []
     left_alone: list[LeftAlone] = []
-
-    def visit(name: str, module: nn.Module) -> None:
+    settled: list[str] = []  # prefixes of names whose modules are decided on with the one that holds them
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(tuple(settled)):
+            continue
+        inside = f"{name}." if name else ""
         if isinstance(module, OURS):
-            return
-        if selected is None or selected(name, module):
+            settled.append(inside)
+        elif selected is None or selected(name, module):
             try:
                 dense = _read(module, any_mlp=selected is None, by_factory=factory is not None)
                 _check_replaceable(name, module, names)
                 plan.append(_Step(name, module, dense))
-                return
+                settled.append(inside)
             except ObstacleError as obstacle:
                 if selected is not None or resembles_mlp(module):
                     left_alone.append(LeftAlone(name, str(obstacle)))
                 if selected is not None:  # to replace parts of what was asked for would be half a conversion
-                    return
-        for child_name, child in module.named_children():
-            visit(f"{name}.{child_name}" if name else child_name, child)
-
-    visit("", model)
+                    settled.append(inside)
     if left_alone and not isinstance(layers, str) and not callable(layers):
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in left_alone)
         raise ValueError(f"layers: expected names of layers that can be replaced, but {reasons}")
