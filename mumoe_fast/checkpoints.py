@@ -103,15 +103,18 @@ def _import_layer(entries: dict[str, Tensor], alpha: float, impl: str) -> Layer:
     gates, means, variances = _take(entries, "projs.{}", "bn.{}.running_mean", "bn.{}.running_var")
     first, second = _take(entries, "MuMoE.factors.{}", "MuMoE2.factors.{}")
     _take(entries, "bn.{}.num_batches_tracked")
-    scale, shift = (entries.pop(f"input_ln.{name}", None) for name in ("weight", "bias"))
+    input_norm = {name: entries.pop(f"input_ln.{name}") for name in ("weight", "bias") if f"input_ln.{name}" in entries}
     if entries:
         raise ValueError(f"unknown {sorted(entries)}")
-    state = {f"gate.weights.{e}": gate.T for e, gate in enumerate(gates)}
-    state |= {f"gate.norms.{e}.running_mean": mean for e, mean in enumerate(means)}
-    state |= {f"gate.norms.{e}.running_var": variance for e, variance in enumerate(variances)}
     levels, in_features = tuple(gate.shape[-1] for gate in gates), gates[0].shape[0]
     shape, tensors = _from_factors(first, levels, in_features)
+    features, parts = [in_features, shape.out_features], {"experts": tensors}
+    if second:
+        out_shape, out_tensors = _from_factors(second, levels, shape.out_features)
+        features.append(out_shape.out_features)
+        parts = {"in_experts": tensors, "out_experts": out_tensors}
     keywords: dict[str, Any] = {
+        "num_experts": levels,
         "factorization": shape.factorization,
         "rank": shape.rank,
         "bias": shape.bias,
@@ -121,20 +124,16 @@ def _import_layer(entries: dict[str, Tensor], alpha: float, impl: str) -> Layer:
         "device": "meta",  # the tensors take the parameters' places
         "dtype": gates[0].dtype,
     }
-    layer: MuMoE | MuMoEMLP
-    if second:
-        out_shape, out_tensors = _from_factors(second, levels, shape.out_features)
-        state |= {f"in_experts.{name}": tensor for name, tensor in tensors.items()}
-        state |= {f"out_experts.{name}": tensor for name, tensor in out_tensors.items()}
-        layer = MuMoEMLP(in_features, shape.out_features, out_shape.out_features, levels, **keywords)
-    else:
-        state |= {f"experts.{name}": tensor for name, tensor in tensors.items()}
-        layer = MuMoE(in_features, shape.out_features, levels, **keywords)
+    layer = MuMoEMLP(*features, **keywords) if second else MuMoE(*features, **keywords)
+    state = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    state |= {f"gate.weights.{e}": gate.T for e, gate in enumerate(gates)}
+    state |= {f"gate.norms.{e}.running_mean": mean for e, mean in enumerate(means)}
+    state |= {f"gate.norms.{e}.running_var": variance for e, variance in enumerate(variances)}
     layer.load_state_dict(_copies(state), assign=True)
-    if scale is None or shift is None:
+    if not input_norm:
         return layer
-    norm = nn.LayerNorm(in_features, device="meta", dtype=scale.dtype)
-    norm.load_state_dict(_copies({"weight": scale, "bias": shift}), assign=True)
+    norm = nn.LayerNorm(in_features, device="meta", dtype=gates[0].dtype)
+    norm.load_state_dict(_copies(input_norm), assign=True)
     return InputNorm(layer, norm)
 
 
