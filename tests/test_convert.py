@@ -336,6 +336,14 @@ def test_a_conversion_goes_through_json_and_is_repeated(factorization: str, give
     torch.testing.assert_close(numbers(again), numbers(model))
 
 
+def test_the_ranks_that_were_matched_are_written_down() -> None:
+    mixer = convert(Mixer(), num_experts=3, dry_run=True)
+    ranks = {layer.name: layer.rank[0] for layer in mixer.replaced}
+    assert mixer.to_dict()["rank"] == ranks == {"mlp_tokens": 1, "mlp_channels": 8}
+    alike = convert(nn.ModuleList([TimmMlp(), TimmMlp()]), num_experts=3, dry_run=True)
+    assert alike.to_dict()["rank"] == 8
+
+
 def test_ranks_may_be_given_per_name() -> None:
     model = Mixer()
     convert(model, num_experts=3, rank={"mlp_tokens": 5, "mlp_channels": 7})
