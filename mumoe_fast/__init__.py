@@ -2,6 +2,7 @@
 
 from mumoe_fast import functional
 from mumoe_fast._version import __version__
+from mumoe_fast.convert import Conversion, convert
 from mumoe_fast.layers import (
     CPExperts,
     ExpertGate,
@@ -16,6 +17,7 @@ from mumoe_fast.layers import (
 
 __all__ = [
     "CPExperts",
+    "Conversion",
     "ExpertGate",
     "FullExperts",
     "MuMoE",
@@ -25,5 +27,6 @@ __all__ = [
     "TTExperts",
     "TuckerExperts",
     "__version__",
+    "convert",
     "functional",
 ]
