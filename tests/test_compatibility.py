@@ -85,7 +85,8 @@ def test_batch_sizes_share_a_graph_forward_and_backward(name: str, impl: str) ->
     assert compilations == compilations[:1] * 4, "a batch size was compiled anew"
 
 
-@pytest.mark.parametrize("impl", [pytest.param("reference", marks=pytest.mark.slow), "native"])
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["reference", "native"])
 def test_inductor_takes_the_graph(impl: str) -> None:
     """The default backend, which fuses the reference and calls the operators."""
     layer = build("cp mlp, batch norm", impl)

@@ -24,7 +24,13 @@ NATIVE = [case for case in CASES if case.obstacle("native", CPU) is None]
 TRITON = [case for case in CASES if case.quick or case.family in ("tr", "tt", "layer")]
 
 
-@pytest.mark.parametrize("case", TRITON, ids=str)
+def slow_in_half(case: Case) -> object:
+    """Whole layers in float16 share their code with bfloat16's: in the interpreter they are tried where there is time."""
+    slow = case.dtype == torch.float16 and not case.quick
+    return pytest.param(case, marks=pytest.mark.slow if slow else (), id=str(case))
+
+
+@pytest.mark.parametrize("case", [slow_in_half(case) for case in TRITON])
 def test_triton(case: Case, device: torch.device) -> None:
     assert_accepted(case.build(device).judge("triton"))
 

@@ -236,7 +236,7 @@ def test_a_block_of_either_implementation(levels: tuple[int, ...], factorization
 def test_full_operator(bias: bool, dtype: torch.dtype, device: torch.device) -> None:
     inputs = full_problem(5, 9, 7, 3, bias=bias, dtype=dtype, device=device).inputs
     leaves = {name: x.mT.contiguous().mT.requires_grad_() for name, x in inputs.items()}
-    arguments = leaves["z"], leaves["a"], leaves["weight"], leaves.get("bias"), "gelu", "triton"
+    arguments = leaves["z"], leaves["a"], leaves["weight"], leaves.get("bias"), "gelu", False, "triton"
     torch.library.opcheck(full_operator, arguments)
     y = full_operator(*arguments)
     gradients = torch.autograd.grad(y, list(leaves.values()), torch.randn_like(y).requires_grad_(), create_graph=True)
