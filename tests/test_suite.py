@@ -25,7 +25,7 @@ TRITON = [case for case in CASES if case.quick or case.family in ("tr", "tt", "l
 
 
 def slow_in_half(case: Case) -> object:
-    """Whole layers in float16 share their code with bfloat16's: in the interpreter they are tried where there is time."""
+    """Whole layers in float16 share their code with bfloat16's; the interpreter is slow: tried where there is time."""
     slow = case.dtype == torch.float16 and not case.quick
     return pytest.param(case, marks=pytest.mark.slow if slow else (), id=str(case))
 
