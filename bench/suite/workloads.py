@@ -131,9 +131,8 @@ def _table_6() -> Iterator[Workload]:
 
 def _gpt_2() -> Iterator[Workload]:
     quick = {
-        128: Selection(HALF, factorizations=("cp",), extras=()),
         512: Selection(HALF, factorizations=("cp",), extras=(MOE,)),
-        2048: Selection(HALF, extras=(COMPILED,)),
+        2048: Selection(HALF, factorizations=("cp",), extras=(COMPILED,)),
     }
     for T in (1, 16, 128, 512, 2048, 8192, 24576):
         yield Workload(f"GPT-2 block, T = {T:,}", "GPT-2 block", T, (768, 3072, 768), (256,), quick=quick.get(T))
@@ -159,7 +158,7 @@ def _mixer() -> Iterator[Workload]:
 
 def _clip() -> Iterator[Workload]:
     for N in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384):
-        quick = Selection(SINGLE, factorizations=("cp",), extras=()) if N in (128, 2048, 8192) else None
+        quick = Selection(SINGLE, factorizations=("cp",), extras=()) if N in (2048, 8192) else None
         name = f"CLIP final layer, N = {N:,}"
         yield Workload(name, "CLIP final layer over experts", 256, (768, 1000), (N,), FIXED, quick=quick)
 
