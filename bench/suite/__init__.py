@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,7 @@ class SuiteName(StrEnum):
     FULL = "full"
 
 
+INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 SECONDS = {SuiteName.QUICK: 0.5, SuiteName.FULL: 10.0}  # of calls, for all sides of one comparison
 
 
@@ -80,18 +82,29 @@ def run_suite(
         raise typer.BadParameter(f"--only: expected a regular expression, got {only!r}: {error}") from error
     if not chosen:
         raise typer.BadParameter(f"--only, --impl: nothing in the {suite} suite matches")
-    console = Console()
-    records = _measure(chosen, place, SECONDS[suite] if seconds is None else seconds, console)
-    show(records, console)
+    console, interrupted = Console(), False
+    records: list[Record] = []
     out.mkdir(parents=True, exist_ok=True)
-    write_records(records, out / "results.jsonl")
+    measured = _measure(chosen, place, SECONDS[suite] if seconds is None else seconds, console)
+    try:
+        for record in write_records(measured, out / "results.jsonl"):
+            records.append(record)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("Interrupted: what follows was measured until then", style="yellow")
+        if not records:
+            raise typer.Exit(INTERRUPTED) from None
+    show(records, console)
     write_report(records, out / "report.html")
     console.print(f"Written: {out / 'results.jsonl'}, {out / 'report.html'}", markup=False, highlight=False)
     if any(record.wrong for record in records):
         raise typer.Exit(1)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
-def _measure(cases: list[Case], device: torch.device, seconds: float, console: Console) -> list[Record]:
+def _measure(cases: list[Case], device: torch.device, seconds: float, console: Console) -> Iterator[Record]:
+    """Measurements, then predictions, one by one, beside a progress bar."""
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     from mumoe_fast.bench.suite.run import run
@@ -101,15 +114,16 @@ def _measure(cases: list[Case], device: torch.device, seconds: float, console: C
 
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=len(cases))
-        measured = run(cases, device, seconds=seconds, on_start=begin, on_done=lambda record: bar.advance(task))
-        records = list(measured)
+        for record in run(cases, device, seconds=seconds, on_start=begin):
+            bar.advance(task)
+            yield record
         if find_spec("triton") is None:
             console.print("No predictions for GPUs: Triton is not installed", style="yellow")
-            return records
+            return
         from mumoe_fast.bench.suite.prediction import absent, predict
 
         begin("predictions for GPUs that are not here")
-        return [*records, *predict(cases, records[0].run, absent(device))]
+        yield from predict(cases, record.run, absent(device))
 
 
 def _device(name: str | None) -> torch.device:
