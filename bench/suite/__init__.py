@@ -6,7 +6,7 @@
     mumoe bench paper                 # the paper's tables by this library's counts
 
 `workloads` and `implementations` say what is compared, as data; `check` refuses what is wrong, `run` measures,
-`records` is what it writes, and `table` and `html` show it.
+`records` is what it writes, and `table`, `summary` and `html` show it.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def run_suite(
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Of calls, for all sides of a comparison; as the suite says.")
     ] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where results.jsonl and report.html go.")] = Path(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Where results, summary and report go.")] = Path(
         "runs/bench"
     ),
 ) -> None:
-    """Check, time and weigh the implementations; write results.jsonl and report.html."""
+    """Check, time and weigh the implementations; write results.jsonl, summary.md and report.html."""
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
@@ -73,6 +73,7 @@ def run_suite(
     from mumoe_fast.bench.suite.implementations import cases
     from mumoe_fast.bench.suite.records import write_records
     from mumoe_fast.bench.suite.run import select
+    from mumoe_fast.bench.suite.summary import write_summary
     from mumoe_fast.bench.suite.table import show
 
     place = _device(device)
@@ -95,8 +96,10 @@ def run_suite(
         if not records:
             raise typer.Exit(INTERRUPTED) from None
     show(records, console)
+    write_summary(records, out / "summary.md")
     write_report(records, out / "report.html")
-    console.print(f"Written: {out / 'results.jsonl'}, {out / 'report.html'}", markup=False, highlight=False)
+    written = ", ".join(str(out / name) for name in ("results.jsonl", "summary.md", "report.html"))
+    console.print(f"Written: {written}", markup=False, highlight=False)
     if any(record.wrong for record in records):
         raise typer.Exit(1)
     if interrupted:
