@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mumoe_fast.bench.cpu.measure import Measurement, Outcome
 from mumoe_fast.bench.cpu.workloads import MEMORY, OURS
+from mumoe_fast.bench.report import quantity
 
 HEADERS = ("workload, against", "direction", "each", "ratio", "goal", "met")
 MET = {True: "yes", False: "no", None: ""}
@@ -28,20 +29,14 @@ def dtype_name(outcome: Outcome) -> str:
     return str(outcome.workload.dtype).removeprefix("torch.")
 
 
-def amount(value: float, direction: str) -> str:
-    """Seconds or bytes for people."""
-    if direction == MEMORY:
-        return f"{value / 1e6:.1f} MB"
-    return f"{value * 1e3:.1f} ms" if value >= 0.01 else f"{value * 1e3:.3f} ms"
-
-
 def table_rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
     """The table's rows of one outcome: our side, then every goal's peer."""
     name, direction = f"{outcome.workload.name}, {dtype_name(outcome)}", outcome.direction
+    unit = "B" if direction == MEMORY else "s"
     if outcome.refused is not None:
         yield name, direction, "refused", "", "", ""
         return
-    yield name, direction, amount(outcome.measurements[OURS].quantile(0.5), direction), "", "", ""
+    yield name, direction, quantity(outcome.measurements[OURS].quantile(0.5), unit), "", "", ""
     compared = {comparison.goal: comparison for comparison in outcome.comparisons}
     for goal in outcome.goals:
         peer = f"  {goal.peer}"
@@ -49,7 +44,7 @@ def table_rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
             yield peer, "", "cannot run", "", str(goal), ""
             continue
         one = compared[goal]
-        theirs = amount(outcome.measurements[goal.peer].quantile(0.5), direction)
+        theirs = quantity(outcome.measurements[goal.peer].quantile(0.5), unit)
         spread = "" if direction == MEMORY else f" [{one.low:.3g}–{one.high:.3g}]"
         yield peer, "", theirs, f"{one.ratio:.3g}×{spread}", str(goal), MET[one.met]
 

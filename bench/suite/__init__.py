@@ -6,12 +6,13 @@
     mumoe bench paper                 # the paper's tables by this library's counts
 
 `workloads` and `implementations` say what is compared, as data; `check` refuses what is wrong, `run` measures,
-`records` is what it writes, and `table` and `html` show it.
+`records` is what it writes, and `table`, `summary` and `html` show it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,7 @@ class SuiteName(StrEnum):
     FULL = "full"
 
 
+INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 SECONDS = {SuiteName.QUICK: 0.5, SuiteName.FULL: 10.0}  # of calls, for all sides of one comparison
 
 
@@ -58,11 +60,11 @@ def run_suite(
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Of calls, for all sides of a comparison; as the suite says.")
     ] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where results.jsonl and report.html go.")] = Path(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Where results, summary and report go.")] = Path(
         "runs/bench"
     ),
 ) -> None:
-    """Check, time and weigh the implementations; write results.jsonl and report.html."""
+    """Check, time and weigh the implementations; write results.jsonl, summary.md and report.html."""
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
@@ -71,6 +73,7 @@ def run_suite(
     from mumoe_fast.bench.suite.implementations import cases
     from mumoe_fast.bench.suite.records import write_records
     from mumoe_fast.bench.suite.run import select
+    from mumoe_fast.bench.suite.summary import write_summary
     from mumoe_fast.bench.suite.table import show
 
     place = _device(device)
@@ -80,18 +83,31 @@ def run_suite(
         raise typer.BadParameter(f"--only: expected a regular expression, got {only!r}: {error}") from error
     if not chosen:
         raise typer.BadParameter(f"--only, --impl: nothing in the {suite} suite matches")
-    console = Console()
-    records = _measure(chosen, place, SECONDS[suite] if seconds is None else seconds, console)
-    show(records, console)
+    console, interrupted = Console(), False
+    records: list[Record] = []
     out.mkdir(parents=True, exist_ok=True)
-    write_records(records, out / "results.jsonl")
+    measured = _measure(chosen, place, SECONDS[suite] if seconds is None else seconds, console)
+    try:
+        for record in write_records(measured, out / "results.jsonl"):
+            records.append(record)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("Interrupted: what follows was measured until then", style="yellow")
+        if not records:
+            raise typer.Exit(INTERRUPTED) from None
+    show(records, console)
+    write_summary(records, out / "summary.md")
     write_report(records, out / "report.html")
-    console.print(f"Written: {out / 'results.jsonl'}, {out / 'report.html'}", markup=False, highlight=False)
+    written = ", ".join(str(out / name) for name in ("results.jsonl", "summary.md", "report.html"))
+    console.print(f"Written: {written}", markup=False, highlight=False)
     if any(record.wrong for record in records):
         raise typer.Exit(1)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
-def _measure(cases: list[Case], device: torch.device, seconds: float, console: Console) -> list[Record]:
+def _measure(cases: list[Case], device: torch.device, seconds: float, console: Console) -> Iterator[Record]:
+    """Measurements, then predictions, one by one, beside a progress bar."""
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     from mumoe_fast.bench.suite.run import run
@@ -101,15 +117,16 @@ def _measure(cases: list[Case], device: torch.device, seconds: float, console: C
 
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=len(cases))
-        measured = run(cases, device, seconds=seconds, on_start=begin, on_done=lambda record: bar.advance(task))
-        records = list(measured)
+        for record in run(cases, device, seconds=seconds, on_start=begin):
+            bar.advance(task)
+            yield record
         if find_spec("triton") is None:
             console.print("No predictions for GPUs: Triton is not installed", style="yellow")
-            return records
+            return
         from mumoe_fast.bench.suite.prediction import absent, predict
 
         begin("predictions for GPUs that are not here")
-        return [*records, *predict(cases, records[0].run, absent(device))]
+        yield from predict(cases, record.run, absent(device))
 
 
 def _device(name: str | None) -> torch.device:

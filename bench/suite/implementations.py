@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from math import prod
 
 import torch
@@ -25,18 +24,24 @@ from mumoe_fast.bench.suite.baselines.naive import NaiveMuMoE, NaiveMuMoEMLP
 from mumoe_fast.bench.suite.baselines.sparse_moe import (
     GatedSparseMoETwin,
     GroupedSparseMoE,
-    LigerSparseMoE,
     LoopSparseMoE,
     SparseMoE,
     SparseMoETwin,
     expert_features,
     top_k_of,
 )
+from mumoe_fast.bench.suite.baselines.sparse_moe_packages import (
+    LigerSparseMoE,
+    PackagedSparseMoE,
+    ScatterSparseMoE,
+    SonicSparseMoE,
+)
 from mumoe_fast.bench.suite.workloads import COMPILED, MOE, NAIVE, WORKLOADS, Workload
 from mumoe_fast.layers import ExpertGate, MuMoE, MuMoEMLP
 from mumoe_fast.ops import dispatch
 
-DENSE, LIGER = "dense", "sparse MoE, liger-kernel"
+DENSE = "dense"
+PACKAGED: tuple[type[PackagedSparseMoE], ...] = (LigerSparseMoE, ScatterSparseMoE, SonicSparseMoE)
 KINDS = ("ours", "reference", "dense", "dense MoE", "sparse MoE")
 LABELS = {"cp": "CP", "tr": "TR", "tt": "TT", "tucker": "Tucker", "full": "full"}
 
@@ -68,6 +73,7 @@ class Implementation:
         scratch: elements that a forward pass forms beside parameters, input and output, where they are many.
         extra: what it asks patience for (`Selection.extras`); torch.compile's sides are compiled by it.
         impl: of ours, the library's name for it.
+        needs_gpu: whether it computes on GPUs alone.
     """
 
     name: str
@@ -80,11 +86,7 @@ class Implementation:
     scratch: Callable[[Workload], int] = _no_scratch
     extra: str | None = None
     impl: str | None = None
-
-    @property
-    def needs_gpu(self) -> bool:
-        """Whether it computes on GPUs alone."""
-        return self.impl == "triton" or self.name == LIGER
+    needs_gpu: bool = False
 
     @property
     def reference(self) -> str | None:
@@ -226,21 +228,11 @@ def _grouped_hindrance(workload: Workload, dtype: torch.dtype, device: torch.dev
     return f"grouped_mm takes rows of whole 16 bytes, and {odd[0]} × {dtype} is none" if odd else None
 
 
-def _liger_hindrance(workload: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
-    if find_spec("liger_kernel") is None:
-        return "the package liger-kernel is not installed"
-    if device.type != "cuda":
-        return f"liger-kernel computes on GPUs, not on {device.type}"
-    if len(workload.features) == 2 or workload.features[0] != workload.features[-1]:
-        return "its experts are SwiGLU MLPs with as many outputs as inputs"
-    return None
-
-
 def _sparse_moes() -> Iterator[Implementation]:
     kinds: tuple[tuple[str, type[SparseMoE], Obstacle], ...] = (
         ("sparse MoE, grouped_mm", GroupedSparseMoE, _grouped_hindrance),
         ("sparse MoE, loop", LoopSparseMoE, _no_hindrance),
-        (LIGER, LigerSparseMoE, _liger_hindrance),
+        *((f"sparse MoE, {kind.project}", kind, kind.hindrance) for kind in PACKAGED),
     )
     for name, kind, hindrance in kinds:
         yield Implementation(
@@ -251,6 +243,7 @@ def _sparse_moes() -> Iterator[Implementation]:
             partial(_sparse_moe_flops, kind=kind),
             hindrance=hindrance,
             extra=MOE,
+            needs_gpu=issubclass(kind, PackagedSparseMoE),
         )
 
 
@@ -288,7 +281,17 @@ def _of_factorization(factorization: str) -> Iterator[Implementation]:
     for impl in ("triton", "native"):
         make = partial(_mumoe, factorization=factorization, impl=impl)
         hindrance = partial(_kernel_hindrance, impl=impl)
-        yield Implementation(f"{label} {impl}", "ours", make, reference, flops, factorization, hindrance, impl=impl)
+        yield Implementation(
+            f"{label} {impl}",
+            "ours",
+            make,
+            reference,
+            flops,
+            factorization,
+            hindrance,
+            impl=impl,
+            needs_gpu=impl == "triton",
+        )
     yield Implementation(f"{label} reference", "reference", reference, reference, flops, factorization)
     name = f"{label} reference, torch.compile"
     yield Implementation(name, "reference", reference, reference, flops, factorization, extra=COMPILED)

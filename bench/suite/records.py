@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -175,9 +175,16 @@ class Record:
 DERIVED = ("predicted", "flops_per_second", "bytes_per_second", "fraction_of_flops", "fraction_of_bytes", "over_floor")
 
 
-def write_records(records: Iterable[Record], path: Path) -> None:
-    """One JSON object per line, in place of what the file held."""
-    path.write_text("".join(json_line(record) for record in records), encoding="utf-8")
+def write_records(records: Iterable[Record], path: Path) -> Iterator[Record]:
+    """Pass the records on, each when it is in the file, one JSON object per line, in place of what the file held.
+
+    A run that ends early has written what it had measured.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json_line(record))
+            file.flush()
+            yield record
 
 
 def json_line(record: Record) -> str:

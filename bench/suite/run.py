@@ -16,7 +16,7 @@ from torch import nn
 
 from mumoe_fast.bench.measure import Clock, in_fresh_process, peak_bytes
 from mumoe_fast.bench.step import STEP, action
-from mumoe_fast.bench.suite.check import check
+from mumoe_fast.bench.suite.check import Answer, check
 from mumoe_fast.bench.suite.flops import count, floor
 from mumoe_fast.bench.suite.implementations import Case, Implementation
 from mumoe_fast.bench.suite.machine import describe_run, measure_ceilings
@@ -66,7 +66,6 @@ def run(
     seconds: float,
     verify: Verify = unverified,
     on_start: Callable[[str], None] = lambda what: None,
-    on_done: Callable[[Record], None] = lambda record: None,
 ) -> Iterator[Record]:
     """Measure the cases, which come workload by workload; about `seconds` of calls for all sides of a comparison."""
     if not cases:
@@ -80,9 +79,7 @@ def run(
     machine = describe_run(device, SEED)
     for (workload, dtype), group in groupby(cases, key=lambda case: (case.workload, case.dtype)):
         contest = Contest(workload, dtype, device, machine, ceilings[dtype], clock, seconds)
-        for record in contest.run(list(group), distrusted, on_start):
-            on_done(record)
-            yield record
+        yield from contest.run(list(group), distrusted, on_start)
 
 
 def _distrusted(
@@ -120,9 +117,10 @@ class Contest:
         deepest = STEP if STEP in directions else directions[0]
         modules: dict[str, nn.Module] = {}
         started: dict[str, Record] = {}
+        answer: Answer | None = None  # of the side before, which often is of the same factorisation
         for side in dict.fromkeys(case.implementation for case in cases):
             on_start(f"{self.workload.name}: check of {side.name}")
-            started[side.name], module = self._admit(side, deepest, distrusted)
+            started[side.name], module, answer = self._admit(side, deepest, distrusted, answer)
             if module is not None:
                 modules[side.name] = module
         for direction in directions:
@@ -138,24 +136,25 @@ class Contest:
                 yield row if row.refused is not None else self._weighed(row, sides[name])
 
     def _admit(
-        self, side: Implementation, direction: str, distrusted: Mapping[str, str]
-    ) -> tuple[Record, nn.Module | None]:
-        """The side's record so far, and its module if it may be timed."""
+        self, side: Implementation, direction: str, distrusted: Mapping[str, str], known: Answer | None
+    ) -> tuple[Record, nn.Module | None, Answer | None]:
+        """The side's record so far, its module if it may be timed, and what is known for the next check."""
         record = blank(self.workload, side, self.dtype, direction, self.machine)
         if side.impl is not None and side.impl in distrusted:
-            return replace(record, refused=distrusted[side.impl], wrong=True), None
+            return replace(record, refused=distrusted[side.impl], wrong=True), None, known
         try:
             reason = side.obstacle(self.workload, self.dtype, self.device)
             if reason is not None:
-                return replace(record, refused=reason), None
-            checked = check(self.workload, side, self.dtype, self.device, direction)
+                return replace(record, refused=reason), None, known
+            checked = check(self.workload, side, self.dtype, self.device, direction, known)
             if checked.problem is not None:
-                return replace(record, refused=checked.problem, wrong=checked.problem.startswith(WRONG)), None
+                refused = replace(record, refused=checked.problem, wrong=checked.problem.startswith(WRONG))
+                return refused, None, checked.answer or known
             module = side.build(self.workload, self.dtype, self.device)
         except (ImportError, RuntimeError) as error:
-            return replace(record, refused=cannot_run(error)), None
+            return replace(record, refused=cannot_run(error)), None, known
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        return replace(record, error_of_allowance=checked.worst, parameters=parameters), module
+        return replace(record, error_of_allowance=checked.worst, parameters=parameters), module, checked.answer
 
     def _timed(self, rows: Mapping[str, Record], modules: Mapping[str, nn.Module], direction: str) -> dict[str, Record]:
         """The rows with latencies, of all sides in turns."""

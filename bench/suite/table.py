@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mumoe_fast.bench.report import quantity
 from mumoe_fast.bench.suite.compare import PEAK, Change, Comparison
 from mumoe_fast.bench.suite.records import Record, measured
 
@@ -57,11 +58,11 @@ def _cells(record: Record, dense: float | None) -> tuple[str, ...]:
     assert latency is not None
     return (
         record.implementation,
-        duration(latency.p50),
+        quantity(latency.p50, "s"),
         f"{(latency.p80 - latency.p20) / latency.p50:.0%}",
         _times(None if dense is None else latency.p50 / dense),
         _times(record.over_floor),
-        _if(record.peak_bytes, size),
+        _if(record.peak_bytes, lambda peak: quantity(peak, "B")),
     )
 
 
@@ -74,19 +75,6 @@ def left_out(records: Sequence[Record]) -> dict[tuple[str, str], list[str]]:
             if record.workload not in workloads:
                 workloads.append(record.workload)
     return found
-
-
-def duration(seconds: float) -> str:
-    """Seconds with three digits, in the unit that suits them."""
-    for factor, unit in ((1, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def size(bytes_: float) -> str:
-    """Bytes with three digits, in megabytes."""
-    return f"{bytes_ / 1e6:,.3g} MB"
 
 
 def _times(ratio: float | None) -> str:
@@ -116,8 +104,8 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
 def _change_cells(change: Change) -> tuple[str, ...]:
     if change.before is None or change.after is None:
         return _row_name(change.key), change.metric, "measured", change.reason, ""
-    text = size if change.metric == PEAK else duration
-    return _row_name(change.key), change.metric, text(change.before), text(change.after), f"{change.ratio:.2f}×"
+    before, after = (quantity(value, "B" if change.metric == PEAK else "s") for value in (change.before, change.after))
+    return _row_name(change.key), change.metric, before, after, f"{change.ratio:.2f}×"
 
 
 def _row_name(key: Sequence[str]) -> str:

@@ -208,7 +208,7 @@ def test_a_missing_peer_leaves_the_others_compared() -> None:
     outcome = Outcome(TINY, FORWARD, None, TINY.goals[FORWARD], sides)
     assert [comparison.ratio for comparison in outcome.comparisons] == [3.0]
     assert list(table_rows(outcome)) == [
-        ("tiny, float32", FORWARD, "1000.0 ms", "", "", ""),
-        ("  dense", "", "3000.0 ms", "3× [3–3]", "≥ 2×", "yes"),
+        ("tiny, float32", FORWARD, "1 s", "", "", ""),
+        ("  dense", "", "3 s", "3× [3–3]", "≥ 2×", "yes"),
         ("  absent", "", "cannot run", "", "≥ 2×", ""),
     ]

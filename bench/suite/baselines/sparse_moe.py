@@ -126,20 +126,6 @@ class LoopSparseMoE(SparseMoE):
         return torch.cat(outputs)
 
 
-class LigerSparseMoE(SparseMoE):
-    """liger-kernel's fused MoE of SwiGLU experts, for I = O."""
-
-    gated = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (T, I) to (T, I)."""
-        from liger_kernel.ops import LigerFusedMoEFunction
-
-        coefficients, chosen = self.route(x)
-        y: Tensor = LigerFusedMoEFunction.apply(x, *self.weights, chosen.int(), coefficients)
-        return y
-
-
 class SparseMoETwin(SparseMoE):
     """The same by a table of coefficients (T, N), zero off the choice, expert by expert over the rows that it is not.
 

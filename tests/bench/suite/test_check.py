@@ -1,7 +1,9 @@
 """The check: every implementation passes it on tiny workloads, and what is broken does not."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from mumoe_fast.bench.suite.baselines.sparse_moe import (
     SparseMoE,
 )
 from mumoe_fast.bench.suite.check import check
-from mumoe_fast.bench.suite.implementations import DENSE, IMPLEMENTATIONS, LIGER, Implementation
+from mumoe_fast.bench.suite.implementations import DENSE, IMPLEMENTATIONS, Implementation
 from mumoe_fast.bench.suite.workloads import Workload
 from tests.bench.suite.tiny import HIERARCHY, LAYER, TINY
 
@@ -166,9 +168,67 @@ def test_liger_is_right_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LIGER_FUSED_MOE_AUTOTUNE", "0")
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     block = replace(LAYER, tokens=9, features=(16, 24, 16), num_experts=(4,))
-    checked = check(block, BY_NAME[LIGER], torch.float32, CPU)
+    checked = check(block, BY_NAME["sparse MoE, liger-kernel"], torch.float32, CPU)
     assert checked.problem is None
     assert {"y", "dx", "dgate", "dweights.0", "dweights.1"} <= {verdict.name for verdict in checked.verdicts}
+
+
+@pytest.mark.parametrize("features", [(32, 24), (16, 64, 16)], ids=str)
+def test_scattermoe_is_right_in_the_interpreter(features: tuple[int, ...]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the suite checks it on the GPU")
+    pytest.importorskip("scattermoe", reason="ScatterMoE is not installed")
+    checked = check(replace(LAYER, features=features), BY_NAME["sparse MoE, ScatterMoE"], torch.float32, CPU)
+    assert checked.problem is None
+    assert {"y", "dx", "dgate", "dweights.0"} <= {verdict.name for verdict in checked.verdicts}
+
+
+def test_sonicmoe_is_called_as_it_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its interface, by a stand-in in plain torch: pairs sorted by token, weights (out, in, experts)."""
+
+    def stand_in(x, scores, tokens, experts, w1, b1, w2, b2, E, stream, activation, inference):  # type: ignore[no-untyped-def]
+        assert (b1, b2, E, activation) == (None, None, w1.shape[-1], "gelu")
+        assert tokens.dtype == experts.dtype == torch.int32
+        assert (tokens.diff() >= 0).all()
+        hidden = torch.nn.functional.gelu(torch.einsum("pi,hip->ph", x[tokens], w1[..., experts]))
+        outputs = torch.einsum("ph,ohp->po", hidden, w2[..., experts])
+        return torch.zeros_like(x).index_add(0, tokens, scores[:, None] * outputs), None
+
+    functional = SimpleNamespace(moe_general_routing_inputs=stand_in)
+    monkeypatch.setitem(sys.modules, "sonicmoe.functional", functional)  # type: ignore[arg-type]
+    enums = SimpleNamespace(ActivationType=SimpleNamespace(GELU="gelu"))
+    monkeypatch.setitem(sys.modules, "sonicmoe.enums", enums)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    block = replace(LAYER, features=(16, 64, 16), num_experts=(16,))
+    assert check(block, BY_NAME["sparse MoE, SonicMoE"], torch.float32, CPU).problem is None
+    monkeypatch.setattr(functional, "moe_general_routing_inputs", lambda *arguments: stand_in(*arguments[:-3], 0))
+    problem = check(block, BY_NAME["sparse MoE, SonicMoE"], torch.float32, CPU).problem
+    assert str(problem).startswith("cannot run: SonicMoE: TypeError")
+
+
+@pytest.mark.parametrize("workload", [LAYER, HIERARCHY], ids=lambda workload: workload.name)
+def test_an_answer_serves_the_sides_of_its_factorisation_and_no_others(workload: Workload) -> None:
+    first = check(workload, BY_NAME["CP reference"], torch.float32, CPU)
+    again = check(workload, BY_NAME["CP native"], torch.float32, CPU, known=first.answer)
+    assert again.answer is first.answer
+    assert again.verdicts == check(workload, BY_NAME["CP native"], torch.float32, CPU).verdicts
+    for name, dtype, direction in (
+        ("TR reference", torch.float32, STEP),
+        (DENSE, torch.float32, STEP),
+        ("CP reference", torch.bfloat16, STEP),
+        ("CP reference", torch.float32, FORWARD),
+    ):
+        other = check(workload, BY_NAME[name], dtype, CPU, direction, first.answer)
+        assert other.problem is None
+        assert other.answer is not first.answer
+    moved = replace(BY_NAME["CP reference"], make=lambda w: nudged(BY_NAME["CP reference"].make(w)))
+    assert check(workload, moved, torch.float32, CPU, known=first.answer).answer is not first.answer
+
+
+def nudged(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.data.mul_(1.01)
+    return module
 
 
 def test_a_module_that_cannot_run_says_so() -> None:

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from mumoe_fast.bench.suite import implementations
+from mumoe_fast.bench.suite.baselines import sparse_moe_packages
 from mumoe_fast.bench.suite.baselines.sparse_moe import SparseMoE
-from mumoe_fast.bench.suite.implementations import DENSE, IMPLEMENTATIONS, KINDS, LIGER, Implementation, cases
+from mumoe_fast.bench.suite.implementations import DENSE, IMPLEMENTATIONS, KINDS, Implementation, cases
 from mumoe_fast.bench.suite.workloads import WORKLOADS, Workload
 from tests.bench.suite.tiny import BLOCK, HIERARCHY, LAYER, TINY
 
 CPU = torch.device("cpu")
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+LIGER, SCATTER, SONIC = (BY_NAME[f"sparse MoE, {name}"] for name in ("liger-kernel", "ScatterMoE", "SonicMoE"))
 
 
 def named(workload: str) -> Workload:
@@ -76,15 +78,22 @@ def test_too_many_operations_are_an_obstacle_on_a_cpu(monkeypatch: pytest.Monkey
     assert "billion multiply-adds" in str(BY_NAME[DENSE].obstacle(LAYER, torch.float32, CPU))
 
 
-def test_liger_asks_for_its_package_a_gpu_and_an_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
-    square = replace(BLOCK, features=(32, 48, 32))
-    monkeypatch.setattr(implementations, "find_spec", lambda name: None)
-    assert "not installed" in str(BY_NAME[LIGER].obstacle(square, torch.float32, CPU))
-    monkeypatch.setattr(implementations, "find_spec", lambda name: object())
-    assert "on GPUs" in str(BY_NAME[LIGER].obstacle(square, torch.float32, CPU))
+def test_packages_ask_to_be_installed_for_a_gpu_and_for_what_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    square, cuda = replace(BLOCK, features=(32, 48, 32)), torch.device("cuda")
+    monkeypatch.setattr(sparse_moe_packages, "find_spec", lambda name: None)
+    for side in (LIGER, SCATTER, SONIC):
+        assert "not installed" in str(side.obstacle(square, torch.float32, CPU))
+    monkeypatch.setattr(sparse_moe_packages, "find_spec", lambda name: object())
     monkeypatch.setattr(implementations, "memory", lambda device: 1 << 40)
-    assert "SwiGLU" in str(BY_NAME[LIGER].obstacle(LAYER, torch.float32, torch.device("cuda")))
-    assert BY_NAME[LIGER].obstacle(square, torch.float32, torch.device("cuda")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for side, reason in ((LIGER, "SwiGLU"), (SONIC, "takes bfloat16")):
+        assert "on GPUs" in str(side.obstacle(square, torch.float32, CPU))
+        assert reason in str(side.obstacle(LAYER, torch.float32, cuda))
+        assert side.obstacle(square, torch.bfloat16, cuda) is None
+    assert SCATTER.obstacle(LAYER, torch.float32, cuda) is None
+    assert "as many outputs" in str(SONIC.obstacle(LAYER, torch.bfloat16, cuda))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "compute capability 9" in str(SONIC.obstacle(square, torch.bfloat16, cuda))
 
 
 @pytest.mark.parametrize("workload", TINY, ids=lambda workload: workload.name)
@@ -103,7 +112,7 @@ def test_a_sparse_moe_has_the_active_operations_of_the_dense_layer() -> None:
     gate = workload.tokens * 256 * 768
     dense = BY_NAME[DENSE].flops(workload)
     assert BY_NAME["sparse MoE, loop"].flops(workload) == dense + gate
-    assert BY_NAME[LIGER].flops(workload) == dense + gate  # 3 · 256 in place of 2 · 384
+    assert LIGER.flops(workload) == dense + gate  # 3 · 256 in place of 2 · 384
     with torch.device("meta"):
         module = BY_NAME["sparse MoE, loop"].make(workload)
     assert isinstance(module, SparseMoE)
