@@ -1,0 +1,130 @@
+"""MLP-Mixer (Tolstikhin et al., 2021): patches, then blocks that mix over tokens and over channels by an MLP each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import mumoe_fast
+from mumoe_fast import Conversion
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """The Mixer's shape; the images are square."""
+
+    image: int
+    patch: int
+    width: int
+    blocks: int
+    token_hidden: int
+    channel_hidden: int
+    stochastic_depth: float = 0.0  # probability with which the last block is left out; linear in depth, 0 for the first
+    channels: int = 3
+    classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.image % self.patch:
+            raise ValueError(f"image: expected a multiple of the patch size {self.patch}, got {self.image}")
+
+    @property
+    def tokens(self) -> int:
+        """Patches per image."""
+        return (self.image // self.patch) ** 2
+
+
+SIZES = {
+    "tiny": MixerConfig(image=28, patch=4, width=64, blocks=4, token_hidden=64, channel_hidden=256),
+    "S/16": MixerConfig(224, 16, width=512, blocks=8, token_hidden=256, channel_hidden=2048, stochastic_depth=0.1),
+}
+PAPER_RANKS = {"cp": (147, 384), "tr": (37, 97)}  # of S/16's token and channel MLPs with 64 experts (Table 4)
+
+
+class StochasticDepth(nn.Module):
+    """While training, leaves out a residual branch (B, …) for each image with probability p and scales the others up."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x to the same shape."""
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.p
+        return x * keep / (1 - self.p)
+
+
+def mlp(width: int, hidden: int) -> nn.Sequential:
+    """A dense block, as `mumoe_fast.convert` finds and replaces it."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class MixerBlock(nn.Module):
+    """Mixes every channel over the tokens, then every token over its channels."""
+
+    def __init__(self, config: MixerConfig, stochastic_depth: float) -> None:
+        super().__init__()
+        self.token_norm = nn.LayerNorm(config.width)
+        self.token_mlp: nn.Module = mlp(config.tokens, config.token_hidden)
+        self.channel_norm = nn.LayerNorm(config.width)
+        self.channel_mlp: nn.Module = mlp(config.width, config.channel_hidden)
+        self.skip = StochasticDepth(stochastic_depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, tokens, width) to the same."""
+        x = x + self.skip(self.token_mlp(self.token_norm(x).transpose(1, 2)).transpose(1, 2))
+        return x + self.skip(self.channel_mlp(self.channel_norm(x)))  # type: ignore[no-any-return]
+
+
+class Mixer(nn.Module):
+    """Images (B, channels, image, image) to logits (B, classes)."""
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patches = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
+        depths = torch.linspace(0, config.stochastic_depth, config.blocks, device="cpu").tolist()
+        self.blocks = nn.ModuleList(MixerBlock(config, p) for p in depths)
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of every class."""
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))  # type: ignore[no-any-return]
+
+
+def convert(
+    model: Mixer,
+    factorization: str,
+    num_experts: int | Sequence[int] = 64,
+    *,
+    token_rank: int | None = None,
+    channel_rank: int | None = None,
+    impl: str = "auto",
+) -> Conversion:
+    """Replace every MLP of a dense Mixer by a μMoE MLP, with batch norm in its gate as the paper has it for vision.
+
+    Args:
+        model: changed in place.
+        factorization: "cp", "tr", "tt", "tucker" or "full".
+        num_experts: N, or one N_e per hierarchy level.
+        token_rank: of the token MLPs, as `MuMoEMLP` takes it; None matches the dense MLP's parameters.
+        channel_rank: of the channel MLPs, likewise.
+        impl: "auto" or an implementation by name.
+
+    Raises:
+        ValueError: as `mumoe_fast.convert` does.
+    """
+    ranks = {}
+    for index in range(model.config.blocks):
+        ranks |= {f"blocks.{index}.token_mlp": token_rank, f"blocks.{index}.channel_mlp": channel_rank}
+    return mumoe_fast.convert(
+        model, layers="mlp", num_experts=num_experts, factorization=factorization, rank=ranks, norm="batch", impl=impl
+    )
