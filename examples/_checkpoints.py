@@ -17,7 +17,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
@@ -26,6 +33,10 @@ from mumoe_fast.examples._training import Trainer
 KEEP = 2  # complete checkpoints; an older one is of use only where the newest turns out to be a mistake
 _COMPLETE = re.compile(r"step-(\d+)")
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # by name, however parameters are grouped
+
+
+class OtherRunError(ValueError):
+    """A folder has a run that was configured differently."""
 
 
 class Checkpoints:
@@ -56,14 +67,22 @@ class Checkpoints:
         """Bring the trainer to the newest complete checkpoint; False where there is none.
 
         Raises:
-            ValueError: it is of another configuration.
+            OtherRunError: it is of another configuration.
         """
         newest = newest_checkpoint(self.folder)
         if newest is None:
             return False
-        run = json.loads((newest / "run.json").read_text())
+        run = _read_run(newest)
         _check_same(self.settings, run["settings"], newest)
-        load(newest, trainer)
+        state = _state(trainer)
+        _read(newest, state, no_dist=trainer.processes.mesh is None)
+        set_state_dict(
+            trainer.model,
+            trainer.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_OPTIONS,
+        )
         trainer.done, trainer.seconds = run["done"], run["seconds"]
         return True
 
@@ -91,19 +110,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load(checkpoint: Path, trainer: Trainer[Any]) -> None:
-    """Give model and optimiser what a checkpoint holds, however many processes wrote it."""
-    state = _state(trainer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        load_state(state, checkpoint_id=checkpoint, no_dist=trainer.processes.mesh is None)
-    set_state_dict(
-        trainer.model,
-        trainer.optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=_OPTIONS,
-    )
+def read_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """The configurations that a checkpoint was saved with, by name."""
+    settings: dict[str, dict[str, Any]] = _read_run(checkpoint)["settings"]
+    return settings
+
+
+def read_model(checkpoint: Path, model: nn.Module) -> None:
+    """Give a model, whole and in one process, the parameters and buffers of a checkpoint."""
+    state = {"model": get_model_state_dict(model)}
+    _read(checkpoint, state, no_dist=True)
+    set_model_state_dict(model, state["model"])
 
 
 def write_through(path: Path, text: str) -> None:
@@ -112,6 +129,18 @@ def write_through(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _read_run(checkpoint: Path) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+    return run
+
+
+def _read(checkpoint: Path, state: dict[str, Any], *, no_dist: bool) -> None:
+    """Fill the tensors of `state` with what a checkpoint holds, however many processes wrote it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        load_state(state, checkpoint_id=checkpoint, no_dist=no_dist)
 
 
 def _state(trainer: Trainer[Any]) -> dict[str, Any]:
@@ -125,7 +154,7 @@ def _check_same(settings: Mapping[str, Any], saved: Mapping[str, Mapping[str, An
         theirs = saved.get(name, {})
         for compared in (f.name for f in fields(setting) if f.compare):
             if mine[compared] != theirs.get(compared):
-                raise ValueError(
+                raise OtherRunError(
                     f"{name}.{compared}: expected {theirs.get(compared)!r} as in {checkpoint}, got {mine[compared]!r}; "
                     "another run needs another folder"
                 )

@@ -35,6 +35,12 @@ class Processes:
     strategy: Strategy = "none"
     mesh: DeviceMesh | None = None
 
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return str(self.device)
+        data, tensor = self.mesh["data"].size(), self.mesh["tp"].size()
+        return f"{self.device.type}, {data} ({self.strategy}) × {tensor} (tensor parallel) processes"
+
     @property
     def first(self) -> bool:
         """Whether this is the process that prints and keeps the log."""

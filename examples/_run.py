@@ -13,6 +13,7 @@ from threading import Event
 from types import FrameType
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -38,7 +39,7 @@ def fit(
         The task's figures on all of what is held out.
 
     Raises:
-        ValueError: the folder has a run with another configuration.
+        OtherRunError: the folder has a run with another configuration.
     """
     processes, steps = trainer.processes, trainer.config.steps
     console = console if processes.first else Console(quiet=True)
@@ -101,6 +102,16 @@ def note(record: Record, unit: str) -> str:
 def named(figures: Mapping[str, float]) -> str:
     """Figures in one line."""
     return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+@contextmanager
+def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End a command with the message of these exceptions, and without their traceback."""
+    try:
+        yield
+    except kinds as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from mumoe_fast.examples._processes import Processes
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Batch = TypeVar("Batch")
+T = TypeVar("T", bound="Task[Any]")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Record:
         return self.units / self.seconds
 
 
-class Trainer(Generic[Batch]):
+class Trainer(Generic[T]):
     """A task, its optimiser and the number of steps done: iterate to train, stop whenever, iterate again to go on.
 
     Args:
@@ -109,7 +110,7 @@ class Trainer(Generic[Batch]):
         ValueError: the batch cannot be divided evenly over processes and micro-batches.
     """
 
-    def __init__(self, task: Task[Batch], config: TrainConfig, processes: Processes | None = None) -> None:
+    def __init__(self, task: T, config: TrainConfig, processes: Processes | None = None) -> None:
         self.task, self.config = task, config
         self.processes = processes or Processes(next(task.model.parameters()).device)
         shares = config.accumulate * self.processes.data_size
@@ -138,16 +139,17 @@ class Trainer(Generic[Batch]):
             step, config.steps, highest=config.learning_rate, final=config.final_learning_rate, warmup=config.warmup
         )
 
-    def batch(self, step: int, micro: int = 0) -> Batch:
+    def batch(self, step: int, micro: int = 0) -> Any:
         """This process's share of a step: of its micro-batch `micro`."""
         place = micro * self.processes.data_size + self.processes.data_rank
         first = step * self.config.batch + place * self._share
         return self.task.batch(range(first, first + self._share))
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Any) -> Tensor:
         """The mean loss over a batch, in the precision that was asked for."""
         with self._autocast():
-            return self.task.loss(self.model, batch)
+            loss: Tensor = self.task.loss(self.model, batch)
+            return loss
 
     def update(self) -> float:
         """One step: forward, backward, clip, update. Returns its loss, for which it waits for the device."""
@@ -155,17 +157,17 @@ class Trainer(Generic[Batch]):
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.done)
         torch.manual_seed((config.seed * 1_000_003 + self.done) * 65_537 + self.processes.data_rank)
-        total = torch.zeros((), device=self.processes.device)
+        losses = []
         for micro in range(config.accumulate):
             with self.processes.accumulating(self.model, last=micro + 1 == config.accumulate):
                 loss = self.loss(self.batch(self.done, micro)) / config.accumulate
                 loss.backward()
-            total += loss.detach()
+            losses.append(loss.detach())
         clip_gradients(self.task.model.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
-        return self.processes.mean(total).item()
+        return self.processes.mean(torch.stack(losses).sum()).item()
 
     def advance(self) -> Record:
         """One step with the clock running, then the evaluation if it is time for one."""
@@ -190,7 +192,8 @@ class Trainer(Generic[Batch]):
         self.model.eval()
         try:
             with self._autocast():
-                return self.task.evaluate(self.model, complete)
+                figures: Mapping[str, float] = self.task.evaluate(self.model, complete)
+                return figures
         finally:
             self.model.train()
 
