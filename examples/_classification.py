@@ -38,6 +38,11 @@ class Dataset:
         """Of one sample: (C, H, W) of images, (I,) of features."""
         return self.train[torch.tensor([0])][0].shape[1:]
 
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self.sample_shape))
+        sizes = f"{len(self.train):,} to learn from and {len(self.held_out):,} held out"
+        return f"samples {shape} of {len(self.classes)} classes, {sizes}"
+
 
 def check_labels(argument: str, labels: object, rows: int) -> Tensor:
     """The labels; ValueError unless they are class numbers for so many rows."""

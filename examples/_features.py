@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mumoe_fast.examples._classification import Batch, Dataset, Labelled, check_labels, held_out_rows
 
 CHUNK = 64  # images at a time
-Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+Track = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,6 @@ class MixerConfig:
         return (self.image // self.patch) ** 2
 
 
-SIZES = {
-    "tiny": MixerConfig(image=28, patch=4, width=64, blocks=4, token_hidden=64, channel_hidden=256),
-    "S/16": MixerConfig(224, 16, width=512, blocks=8, token_hidden=256, channel_hidden=2048, stochastic_depth=0.1),
-}
-
-
 class StochasticDepth(nn.Module):
     """While training, leaves a residual branch (B, …) out with probability p, per image, and scales up the rest."""
 
