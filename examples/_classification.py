@@ -33,6 +33,13 @@ class Dataset:
     held_out: Labelled
     classes: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not (len(self.train) and len(self.held_out)):
+            raise ValueError(
+                "data: expected samples to learn from and samples held out (two of a class at least), "
+                f"got {len(self.train)} and {len(self.held_out)}"
+            )
+
     @property
     def sample_shape(self) -> torch.Size:
         """Of one sample: (C, H, W) of images, (I,) of features."""
@@ -55,11 +62,12 @@ def check_labels(argument: str, labels: object, rows: int) -> Tensor:
 
 
 def held_out_rows(labels: Tensor) -> Tensor:
-    """A mask of the last fifth of every class, at least one of it."""
+    """A mask of the last fifth of every class: of two samples and more at least one, of one none."""
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         rows = (labels == label).nonzero().flatten()
-        mask[rows[-max(1, len(rows) // HELD_OUT) :]] = True
+        if len(rows) > 1:
+            mask[rows[-max(1, len(rows) // HELD_OUT) :]] = True
     return mask
 
 

@@ -80,7 +80,7 @@ def from_file(path: Path) -> Dataset:
     else:
         mask = held_out_rows(train.labels)
         train, held_out = (Rows(train.features[part], train.labels[part]) for part in (~mask, mask))
-    most = int(max(train.labels.max(), held_out.labels.max())) + 1
+    most = int(torch.cat([train.labels, held_out.labels]).max()) + 1
     classes = tuple(map(str, saved.get("classes", range(most))))
     if len(classes) < most:
         raise ValueError(f"features: expected names of at least {most} classes in {path}, got {len(classes)}")

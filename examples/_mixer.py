@@ -74,13 +74,26 @@ class MixerBlock(nn.Module):
         return x + self.skip(self.channel_mlp(self.channel_norm(x)))  # type: ignore[no-any-return]
 
 
+class Patches(nn.Module):
+    """Images (B, channels, image, image) to one token per patch (B, tokens, width): a linear layer on its pixels."""
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.unshuffle = nn.PixelUnshuffle(config.patch)
+        self.linear = nn.Linear(config.channels * config.patch**2, config.width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The tokens, row by row."""
+        return self.linear(self.unshuffle(images).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+
+
 class Mixer(nn.Module):
     """Images (B, channels, image, image) to logits (B, classes)."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
         self.config = config
-        self.patches = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
+        self.patches = Patches(config)
         depths = torch.linspace(0, config.stochastic_depth, config.blocks, device="cpu").tolist()
         self.blocks = nn.ModuleList(MixerBlock(config, p) for p in depths)
         self.norm = nn.LayerNorm(config.width)
@@ -88,7 +101,7 @@ class Mixer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of every class."""
-        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = self.patches(images)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x).mean(1))  # type: ignore[no-any-return]

@@ -29,6 +29,7 @@ from mumoe_fast.examples._images import load
 from mumoe_fast.examples._processes import default_device
 from mumoe_fast.examples._run import fit, overridden, usage_errors
 from mumoe_fast.examples._training import TrainConfig, Trainer, count_parameters
+from mumoe_fast.rank import match_rank
 
 Factorization = Literal["cp", "tr", "tt", "tucker"]
 Settings = Literal["small", "paper"]
@@ -78,13 +79,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Result:
-    """A head that was trained; None where no rank fitted."""
+    """A head that was trained, and how it does on what is held out."""
 
     config: HeadConfig
-    head: nn.Module | None = None
-    accuracy: float = 0.0
-    loss: float = 0.0
-    seconds: float = 0.0
+    head: nn.Module
+    accuracy: float
+    loss: float
+    seconds: float
 
 
 def make_head(config: HeadConfig, in_features: int, classes: int, seed: int) -> nn.Module:
@@ -107,25 +108,31 @@ def make_head(config: HeadConfig, in_features: int, classes: int, seed: int) -> 
     )
 
 
+def mismatch(config: HeadConfig, in_features: int, classes: int) -> str | None:
+    """Why no rank gives the parameters of the dense head; None where one does, or one was given."""
+    if config.factorization is None or config.rank is not None:
+        return None
+    try:
+        match_rank((in_features, classes), config.experts, config.factorization)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def train_head(
     config: HeadConfig,
+    head: nn.Module,
     data: Dataset,
     training: TrainConfig,
     *,
-    device: torch.device | str = "cpu",
+    source: Source,
     out: Path | None = None,
-    source: Source | None = None,
     console: Console,
 ) -> Result:
     """Train one head; every head sees the same batches. In `out` it has a folder of its own, and goes on from there."""
-    try:
-        head = make_head(config, data.sample_shape[0], len(data.classes), training.seed).to(device)
-    except ValueError as error:  # a rank that fits is the one thing that differs between heads
-        console.print(f"{config.name}: {error}", highlight=False, markup=False)
-        return Result(config)
     trainer = Trainer(Classification(head, data, seed=training.seed), training)
-    settings = {"head": config} | ({} if source is None else {"source": source})
     console.print(f"{config.name}: {count_parameters(head):,} parameters", highlight=False)
+    settings = {"head": config, "source": source}
     figures = fit(trainer, out=None if out is None else out / config.name, settings=settings, console=console)
     return Result(config, head, figures["accuracy"], figures["held-out loss"], trainer.seconds)
 
@@ -151,9 +158,6 @@ def comparison(results: Iterable[Result]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for result in results:
-        if result.head is None:
-            table.add_row(result.config.name, "none fits")
-            continue
         rank = ", ".join(map(str, result.head.experts.rank)) if isinstance(result.head, MuMoE) else ""
         figures = f"{result.accuracy:.2%}", f"{result.loss:.4f}", f"{result.seconds:.1f}"
         table.add_row(result.config.name, rank, f"{count_parameters(result.head):,}", *figures)
@@ -203,7 +207,9 @@ def main(
     factorization: Annotated[
         Factorization | None, typer.Option(help="Of the μMoE heads; without it cp and tr, one after the other.")
     ] = None,
-    experts: Annotated[list[int] | None, typer.Option(help="Of the μMoE heads, once for each: 8, 64, 512.")] = None,
+    experts: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of the μMoE heads, once for each: 8, 64, 512.")
+    ] = None,
     rank: Annotated[
         int, typer.Option(min=0, help="Rank of the μMoE heads; 0: as many parameters as dense, where a rank fits.")
     ] = 64,
@@ -235,16 +241,23 @@ def main(
     place = device or default_device()
     source = Source(data, backbone, None if features is None else str(features))
     kinds = FACTORIZATIONS if factorization is None else (factorization,)
-    heads = [HeadConfig(), *(HeadConfig(kind, N, rank or None, impl) for kind in kinds for N in experts or EXPERTS)]
+    configs = [HeadConfig(), *(HeadConfig(kind, N, rank or None, impl) for kind in kinds for N in experts or EXPERTS)]
     training = overridden(SETTINGS[settings], steps=steps, batch=batch, learning_rate=learning_rate, seed=seed)
     with usage_errors(ValueError, OSError, ImportError):
         learned = make_features(source, place, seed, console)
+        sizes = learned.sample_shape[0], len(learned.classes)
+        unmatched = {config.name: mismatch(config, *sizes) for config in configs}
+        heads = {c: make_head(c, *sizes, seed).to(place) for c in configs if unmatched[c.name] is None}
     console.print(str(learned), highlight=False)
-    results = []
-    for head in heads:
-        with usage_errors(OtherRunError):
-            results.append(train_head(head, learned, training, device=place, out=out, source=source, console=console))
+    with usage_errors(OtherRunError):
+        results = [
+            train_head(config, head, learned, training, source=source, out=out, console=console)
+            for config, head in heads.items()
+        ]
     console.print(comparison(results))
+    for name, reason in unmatched.items():
+        if reason is not None:
+            console.print(f"{name}: {reason}", markup=False, highlight=False)
     trained = [result for result in results if isinstance(result.head, MuMoE)]
     if trained:
         best = min(trained, key=lambda result: result.loss)
