@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+
+from mumoe_fast.examples._processes import Processes
 
 
 def warmed_cosine(step: int, steps: int, *, highest: float, final: float, warmup: float) -> float:
@@ -50,24 +52,28 @@ def adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) 
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, processes: Processes) -> None:
     """Scale all gradients so that their norm together is at most `limit`, whatever meshes they are on."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    squares = sum((norm.square() for norm in _norms(gradients)), start=torch.zeros(()))
-    scale = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    groups: defaultdict[int, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        local.mul_(scale.to(local.device))
+        groups[processes.count // _shards(gradient)].append(_local(gradient))
+    squares = [nn.utils.get_total_norm(group).square() / copies for copies, group in groups.items()]
+    norm = processes.sum(torch.stack(squares).sum()).sqrt()  # a shard of which there are copies counts once in all
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
 
 
-def _norms(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
-    """One norm for the gradients of each mesh, in full."""
-    groups: defaultdict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        groups[_mesh(gradient)].append(gradient)
-    for group in groups.values():
-        norm = nn.utils.get_total_norm(group)
-        yield norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shards(tensor: Tensor) -> int:
+    """Into how many parts the tensor is divided."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if placement.is_shard())
 
 
 def _mesh(tensor: Tensor) -> DeviceMesh | None:

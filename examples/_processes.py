@@ -47,6 +47,11 @@ class Processes:
         return self.mesh is None or dist.get_rank() == 0
 
     @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
     def data_size(self) -> int:
         """Over how many processes the samples are divided."""
         return 1 if self.mesh is None else self.mesh["data"].size()
@@ -83,6 +88,12 @@ class Processes:
         if isinstance(model, DistributedDataParallel) and not last:
             return cast(AbstractContextManager[None], model.no_sync())
         return nullcontext()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.mesh is not None:
+            dist.all_reduce(value)
+        return value
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes with other samples."""

@@ -163,7 +163,7 @@ class Trainer(Generic[T]):
                 loss = self.loss(self.batch(self.done, micro)) / config.accumulate
                 loss.backward()
             losses.append(loss.detach())
-        clip_gradients(self.task.model.parameters(), config.clip)
+        clip_gradients(self.task.model.parameters(), config.clip, self.processes)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1

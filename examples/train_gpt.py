@@ -97,6 +97,8 @@ def build_model(config: ModelConfig, device: torch.device | str, seed: int) -> G
             attn_pdrop=0.0,
             resid_pdrop=0.0,
             use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
         )
     )
     if config.mlp != "dense":

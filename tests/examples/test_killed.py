@@ -1,24 +1,19 @@
 """A run that is killed and started again ends as one that was left alone, bit for bit."""
 
 import signal
-from multiprocessing import get_context
 from pathlib import Path
 
+from forked import exit_codes
 from killed_run import CONFIG, main
 
 from mumoe_fast.examples._checkpoints import complete_checkpoints
 from mumoe_fast.examples._run import LOG, read_log
 
-SERVER = get_context("forkserver")  # imports once what every run needs
-SERVER.set_forkserver_preload(["killed_run"])
-
 
 def run(folder: Path, place: str) -> int | None:
     """The exit code of a process of its own."""
-    process = SERVER.Process(target=main, args=(folder, place))
-    process.start()
-    process.join(timeout=120)
-    return process.exitcode
+    (code,) = exit_codes(main, [(folder, place)])
+    return code
 
 
 def done(folder: Path) -> list[int]:

@@ -1,54 +1,81 @@
-"""Training in several processes on this machine, over gloo, against one process; also as torchrun starts them."""
+"""`train_gpt` in two and four processes on this machine, over gloo, computes what it computes in one."""
 
-import os
-import subprocess
-import sys
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
-import parallel_training
 import pytest
-import torch
 import torch.distributed as dist
-from distributed.processes import run_in_processes
-from parallel_training import SHAPE, TRAINING, Trainer
+from forked import exit_codes
+from launched_runs import free_port, main
+from typer.testing import CliRunner
 
+from mumoe_fast.examples._checkpoints import newest_checkpoint
 from mumoe_fast.examples._run import read_log
-from mumoe_fast.examples._tokens import Corpus
-from mumoe_fast.examples.train_gpt import TextTask, build_model, load_model
+from mumoe_fast.examples.train_gpt import app
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
 
+COMMON = (
+    "train --experts 6 --impl reference --layers 2 --heads 2 --width 32 --context 16 --device cpu "
+    "--steps 4 --checkpoint-every 2 --batch 8 --learning-rate 3e-3"
+)
+# Batch norm's statistics are a micro-batch's over all processes: without accumulation, the whole batch's.
+ALONE = {"cp": "--mlp cp --norm batch", "tr": "--mlp tr --norm layer"}
+TOGETHER = {
+    "ddp": (2, "tr", "--parallel ddp --accumulate 2"),
+    "fsdp": (2, "tr", "--parallel fsdp --accumulate 2"),
+    "tensor": (4, "cp", "--tensor-parallel 4"),
+    "fsdp and tensor": (4, "cp", "--parallel fsdp --tensor-parallel 2"),
+}
 
-def test_four_processes_train_as_one_and_one_goes_on_with_what_they_saved(tmp_path: Path) -> None:
-    run_in_processes(4, parallel_training.CHECKS, tmp_path)
-    parallel_training.checkpoint_is_read(tmp_path)
+
+def command(folder: Path, model: str, options: str = "") -> list[str]:
+    return [*COMMON.split(), *ALONE[model].split(), *options.split(), "--out", str(folder)]
 
 
-def test_torchrun_trains_and_saves_what_one_process_loads(tmp_path: Path) -> None:
-    text, out = tmp_path / "text", tmp_path / "run"
-    text.write_bytes(parallel_training.CORPUS.tokens.tobytes())
-    shape = "--mlp cp --experts 6 --impl reference --layers 2 --heads 2 --width 32 --context 16"
-    training = "--steps 4 --batch 8 --accumulate 2 --learning-rate 3e-3 --norm layer --device cpu --parallel fsdp"
-    program = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mumoe_fast.examples.train_gpt"]
-    finished = subprocess.run(
-        [sys.executable, "-m", *program, "train", *shape.split(), *training.split(), "--text", text, "--out", out],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("after 4 of 4 steps") == 1, "only the first process prints"
-    assert "2 (fsdp) × 1 (tensor parallel) processes" in finished.stdout
-    config = replace(SHAPE, norm="layer")
-    task = TextTask(build_model(config, "cpu", 0), config, Corpus.load(text))
-    alone = Trainer(task, replace(TRAINING, clip=1.0))
-    expected = [record.loss for record in alone]
-    assert [record.loss for record in read_log(out)] == pytest.approx(expected, rel=2e-5)
-    model, loaded = load_model(out)
-    assert loaded == config
-    x, _ = task.corpus.held_out_windows(16, limit=4)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x).logits, task.model.eval()(x).logits, rtol=1e-3, atol=1e-4)
+def together(count: int, *commands: list[str]) -> None:
+    """Run them one after the other, each in `count` processes."""
+    runs = [(free_port(), arguments) for arguments in commands]
+    assert exit_codes(main, [(rank, count, runs) for rank in range(count)]) == [0] * count
+
+
+def alone(arguments: list[str]) -> str:
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def losses(run: Path) -> list[float]:
+    return [record.loss for record in read_log(run)]
+
+
+def forget_the_second_half(run: Path) -> None:
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    assert newest.name == "step-00000004"
+    shutil.rmtree(newest)
+
+
+def test_several_processes_train_as_one(tmp_path: Path) -> None:
+    for model in ALONE:
+        alone(command(tmp_path / model, model))
+    expected = {model: losses(tmp_path / model) for model in ALONE}
+    half = command(tmp_path / "bfloat16", "cp", "--parallel fsdp --precision bfloat16")
+    for count, others in ((2, [half]), (4, [])):
+        chosen = [(name, model, options) for name, (n, model, options) in TOGETHER.items() if n == count]
+        together(count, *(command(tmp_path / name, model, options) for name, model, options in chosen), *others)
+    for name, (_, model, _) in TOGETHER.items():
+        assert losses(tmp_path / name) == pytest.approx(expected[model], rel=2e-5), name
+    assert losses(tmp_path / "bfloat16") == pytest.approx(expected["cp"], rel=0.02)  # bfloat16 has 8 bits
+    assert losses(tmp_path / "bfloat16") != pytest.approx(expected["cp"], rel=2e-5)
+
+    # What several processes saved goes on in one, and what one saved in four, from the middle of the run.
+    for name, (_, model, _) in TOGETHER.items():
+        forget_the_second_half(tmp_path / name)
+        assert "going on after step 2" in alone(command(tmp_path / name, model))
+        assert losses(tmp_path / name) == pytest.approx(expected[model], rel=2e-5), name
+    forget_the_second_half(tmp_path / "cp")
+    together(4, command(tmp_path / "cp", "cp", "--parallel fsdp --tensor-parallel 2"))
+    assert losses(tmp_path / "cp") == pytest.approx(expected["cp"], rel=2e-5)
+    assert losses(tmp_path / "cp")[2:] != expected["cp"][2:], "in four processes sums are taken in another order"

@@ -17,7 +17,7 @@ from toy_task import Regression
 
 from mumoe_fast.examples._checkpoints import Checkpoints, OtherRunError, complete_checkpoints
 from mumoe_fast.examples._optimizer import adamw, clip_gradients, warmed_cosine
-from mumoe_fast.examples._processes import join_processes
+from mumoe_fast.examples._processes import Processes, join_processes
 from mumoe_fast.examples._run import LOG, catch_interrupt, fit, read_log
 from mumoe_fast.examples._training import TrainConfig, Trainer
 
@@ -105,7 +105,7 @@ def test_clipping_is_torchs(limit: float) -> None:
     models = [Regression().model for _ in range(2)]
     for model in models:
         model(torch.ones(3, 8)).square().sum().backward()
-    clip_gradients(models[0].parameters(), limit)
+    clip_gradients(models[0].parameters(), limit, Processes(torch.device("cpu")))
     nn.utils.clip_grad_norm_(models[1].parameters(), limit)
     for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
