@@ -7,11 +7,11 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -20,7 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mumoe_fast.examples._checkpoints import Checkpoints, write_through
 from mumoe_fast.examples._training import Record, Trainer
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 LOG = "log.jsonl"
+C = TypeVar("C", bound="DataclassInstance")
 
 
 def fit(
@@ -102,6 +106,11 @@ def note(record: Record, unit: str) -> str:
 def named(figures: Mapping[str, float]) -> str:
     """Figures in one line."""
     return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+def overridden(config: C, **given: Any) -> C:
+    """The configuration with whatever was given: is not None."""
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import mumoe_fast
 from mumoe_fast.examples._checkpoints import OtherRunError, newest_checkpoint, read_model, read_settings
 from mumoe_fast.examples._processes import Strategy, join_processes
-from mumoe_fast.examples._run import fit, usage_errors
+from mumoe_fast.examples._run import fit, overridden, usage_errors
 from mumoe_fast.examples._tokens import Corpus
 from mumoe_fast.examples._tokens import prepare as prepare_tokens
 from mumoe_fast.examples._training import Precision, TrainConfig, Trainer, count_parameters
@@ -37,7 +37,6 @@ Norm = Literal["batch", "layer", "none"]
 Tokens = tuple[Tensor, Tensor]  # inputs and targets (samples, context)
 WINDOWS = 32  # contexts of held-out text that an evaluation during training takes
 TOKENS_AT_ONCE = 4096  # in evaluation
-C = TypeVar("C", bound="ModelConfig | TrainConfig")
 
 
 @dataclass(frozen=True)
@@ -181,11 +180,6 @@ def load_model(run: Path, device: torch.device | str = "cpu") -> tuple[GPT2LMHea
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
-
-
-def overridden(config: C, **given: Any) -> C:
-    """The configuration with whatever is not None."""
-    return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
 @app.command()
