@@ -36,15 +36,18 @@ def record(model: nn.Module, conversion: Conversion) -> None:
             stacklevel=3,
         )
         return
-    entries = [entry for entry in before.get("conversions", ()) if _applied(model, entry)]
+    entry = _entry(conversion)
+    entries = [old for old in before.get("conversions", ()) if _applies(old, model, entry)]
     own = _own_config(model)
-    own.quantization_config = {"quant_method": METHOD, "conversions": [*entries, _entry(conversion)]}
+    own.quantization_config = {"quant_method": METHOD, "conversions": [*entries, entry]}
 
 
-def _applied(model: nn.Module, entry: dict[str, Any]) -> bool:
-    """Whether it is about this model, and not about one whose config this one was made from."""
+def _applies(old: dict[str, Any], model: nn.Module, entry: dict[str, Any]) -> bool:
+    """Whether an older entry is about this model, and not about one whose config this one was made from."""
+    if set(old["layers"]) & set(entry["layers"]):  # nothing is converted twice
+        return False
     modules = dict(model.named_modules())
-    return all("factory" in entry or isinstance(modules.get(name), OURS) for name in entry["layers"])
+    return "factory" in old or all(isinstance(modules.get(name), OURS) for name in old["layers"])
 
 
 def _entry(conversion: Conversion) -> dict[str, Any]:
