@@ -3,11 +3,12 @@
     mumoe bench training speed       # GPT-2's steps: tokens per second and memory
     mumoe bench training losses      # a small GPT's losses at equal steps, on real text
 
-`workloads` says what is trained, `steps` and `runs` measure, `report` shows.
+`workloads` says whose steps are timed, `steps` times them and `report` shows them; `runs` is about losses.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,3 +81,30 @@ def speed(
         console.print(f"{name}: {value}", style="dim", markup=False, highlight=False)
     if any(result.refused for result in results):
         raise typer.Exit(1)
+
+
+@training.command()
+def losses(
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, all models together.")] = 10.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each model, in place of --minutes.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A text; without it CPython's own reference.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(file_okay=False, help="Where losses.jsonl and report.html go.")] = Path(
+        "runs/losses"
+    ),
+) -> None:
+    """Train small GPTs with dense, CP and TR MLPs side by side on real text; Ctrl-C keeps what was measured."""
+    from rich.console import Console
+
+    from mumoe_fast.bench.training.runs import compare_losses, page, record, show
+
+    machine, console = facts(), Console()
+    found = compare_losses(minutes=minutes, steps=steps, device=device, text=text, console=console)
+    show(found, console)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record(run, found, machine), ensure_ascii=False) + "\n" for run in found.runs]
+    (out / "losses.jsonl").write_text("".join(lines), encoding="utf-8")
+    (out / "report.html").write_text(page(found, machine), encoding="utf-8")
+    console.print(f"Written: {out / 'losses.jsonl'}, {out / 'report.html'}", markup=False, highlight=False)
