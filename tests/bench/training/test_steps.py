@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,10 @@ def test_the_goal_is_about_the_dense_models_faster_precision() -> None:
 @needs_native
 def test_the_command_measures_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "Shape", lambda context: replace(SHAPE, context=context))
-    monkeypatch.setattr(command, "sides", lambda: [Side(DENSE, None), Side(CP, NATIVE)])
+    wanted = [Side(DENSE, None), Side(CP, NATIVE)]
+    assert pickle.loads(pickle.dumps(wanted)) == wanted  # as a process of its own needs them, which here is this one
+    monkeypatch.setattr(command, "sides", lambda: wanted)
+    monkeypatch.setattr(steps, "in_fresh_process", lambda function, *arguments: function(*arguments))
     path = tmp_path / "speed.jsonl"
     arguments = ["bench", "training", "speed", "--precision", "autocast", "--context", "112", "--turns", "3"]
     done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, "--json", str(path)])
