@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -117,7 +117,7 @@ def page(demo: Demo) -> str:
         f"{training.batch} × {model.context} bytes a step, {demo.done} steps; {demo.text_bytes[0]:,} bytes of text to "
         f"train on and {demo.text_bytes[1]:,} held out."
     )
-    losses = Plot(loss_curves(demo), Axis("step"), Axis("loss, nats per byte"))
+    losses = Plot(loss_curves(demo.records), Axis("step"), Axis("loss, nats per byte"))
     return html.page(
         "μMoE and dense, side by side",
         html.paragraph(lead, "lead"),
@@ -156,10 +156,10 @@ def expert_card(expert: ExpertText) -> html.Markup:
     return html.card(html.heading(title(expert)), *lines)
 
 
-def loss_curves(demo: Demo) -> list[Series]:
+def loss_curves(run: Mapping[str, Sequence[Record]]) -> list[Series]:
     """Smoothed training loss and held-out points of each model."""
     curves = []
-    for colour, (name, records) in enumerate(demo.records.items()):
+    for colour, (name, records) in enumerate(run.items()):
         smooth = running_mean([record.loss for record in records])
         train = [(float(record.step), value) for record, value in zip(records, smooth, strict=True)]
         points = [(float(record.step), record.figures["held_out"]) for record in records if record.figures]

@@ -4,6 +4,7 @@
     mumoe bench --suite full          # everything, for a GPU or a patient CPU
     mumoe bench compare OLD NEW       # what moved between two runs
     mumoe bench paper                 # the paper's tables by this library's counts
+    mumoe bench training              # training steps and runs, dense beside μMoE
 
 `workloads` and `implementations` say what is compared, as data; `check` refuses what is wrong, `run` measures,
 `records` is what it writes, and `table`, `summary` and `html` show it.
@@ -22,6 +23,7 @@ import torch
 import typer
 
 from mumoe_fast.bench.paper import paper
+from mumoe_fast.bench.training import training
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +35,7 @@ bench = typer.Typer(invoke_without_command=True, help="Time μMoE layers beside 
 
 
 bench.command("paper")(paper)
+bench.add_typer(training, name="training")
 
 
 class SuiteName(StrEnum):
