@@ -51,7 +51,7 @@ def speed(
 ) -> None:
     """Time whole training steps of GPT-2 124M on the CPU: dense, CP and TR, natively and by the reference.
 
-    All models are in memory at once: 12 GB with float32 parameters.
+    All five models are in memory at once, with their optimisers: 1.5 GB each where parameters are float32.
     """
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
