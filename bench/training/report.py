@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from rich import box
@@ -14,23 +14,13 @@ from mumoe_fast.bench.report import quantity
 from mumoe_fast.bench.training.steps import Result
 from mumoe_fast.bench.training.workloads import DENSE, GOAL, NATIVE, Precision
 
-HEADERS = (
-    "model",
-    "MLPs",
-    "paper",
-    "in all",
-    "paper",
-    "step",
-    "tokens/s",
-    "of dense (quartiles)",
-    "goal",
-    "peak memory",
-)
+COUNTS = ("parameters", "MLPs", "paper", "in all", "paper")
+HEADERS = ("model", "tokens/s", "of dense (quartiles)", f"≥ {GOAL:g}", "peak")
 LEGEND = (
     "Whole steps of next-token training: forward, loss, backward, AdamW (fused), one context of {context:,} random "
-    "tokens a step, {turns} steps of every model in turns and in random order, in one process. step and tokens/s: "
-    "medians; of dense: tokens/s over the dense model's of the same turn, median and quartiles. peak memory: what a "
-    "step holds beyond parameters and the optimiser's state, in a process of its own. Gates are random, as sparse as "
+    "tokens a step, {turns} steps of every model in turns and in random order, in one process. tokens/s: the median; "
+    "of dense: tokens/s over the dense model's of the same turn, median and quartiles. peak: the memory that a step "
+    "holds beyond parameters and the optimiser's state, in a process of its own. Gates are random, as sparse as "
     "trained ones."
 )
 FORMS = {
@@ -40,15 +30,12 @@ FORMS = {
 
 
 def show(results: Sequence[Result], console: Console) -> None:
-    """A table for each precision, and which of them the goal is about."""
+    """The parameters, a table for each precision, and which of them the goal is about."""
+    variants = {result.side.variant: counts(result) for result in results}
+    console.print(_table("", COUNTS, variants.values()))
     for precision in dict.fromkeys(result.precision for result in results):
         chosen = [result for result in results if result.precision == precision]
-        table = Table(title=FORMS[precision], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for place, header in enumerate(HEADERS):
-            table.add_column(header, justify="right" if place else "left")
-        for result in chosen:
-            table.add_row(*row(result), style="bold" if result.side.impl == NATIVE else None)
-        console.print(table)
+        console.print(_table(FORMS[precision], HEADERS, map(row, chosen)))
         for result in chosen:
             if result.refused is not None:
                 console.print(f"{result.side}: {result.refused}", style="bold red", markup=False, highlight=False)
@@ -58,25 +45,37 @@ def show(results: Sequence[Result], console: Console) -> None:
     console.print(f"The goal is about the precision in which the dense model is faster: {best_precision(results)}.")
 
 
+def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="right" if place else "left", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells, style="bold" if cells[0].endswith(f", {NATIVE}") else None)
+    return table
+
+
 def best_precision(results: Sequence[Result]) -> Precision:
     """The one in which the dense model has most tokens per second."""
     dense = [result for result in results if result.side.variant == DENSE]
     return max(dense, key=Result.tokens_per_second).precision
 
 
-def row(result: Result) -> tuple[str, ...]:
-    """One line of the table."""
+def counts(result: Result) -> tuple[str, ...]:
+    """A variant's parameters, in its MLPs and in all, beside the paper's."""
+    ours = [f"{number / 1e6:.1f} M" for number in (result.mlp_parameters, result.parameters)]
     paper = [f"{millions:.1f} M" for millions in result.side.variant.paper or ()] or ["", ""]
-    counts = [f"{number / 1e6:.1f} M" for number in (result.mlp_parameters, result.parameters)]
-    start = (str(result.side), counts[0], paper[0], counts[1], paper[1])
+    return (result.side.variant.name, ours[0], paper[0], ours[1], paper[1])
+
+
+def row(result: Result) -> tuple[str, ...]:
+    """One side's figures."""
     if result.refused is not None:
-        return (*start, "refused", "", "", "", "")
+        return (str(result.side), "refused", "", "", "")
     share = f"{result.of_dense():.3f} ({result.of_dense(0.25):.3f}–{result.of_dense(0.75):.3f})"
-    goal = "" if result.met is None else f"≥ {GOAL:g}: {'yes' if result.met else 'no'}"
-    seconds = quantity(result.shape.context / result.tokens_per_second(), "s")
+    met = {None: "", True: "yes", False: "no"}[result.met]
     memory = quantity(result.peak_bytes or 0, "B")
-    dense = result.side.variant == DENSE
-    return (*start, seconds, f"{result.tokens_per_second():,.0f}", "" if dense else share, goal, memory)
+    speed = f"{result.tokens_per_second():,.0f}"
+    return (str(result.side), speed, "" if result.side.variant == DENSE else share, met, memory)
 
 
 def record(result: Result, facts: Mapping[str, str]) -> dict[str, object]:

@@ -52,9 +52,9 @@ class Variant:
 DENSE = Variant("dense")
 VARIANTS = (
     DENSE,
-    Variant("CP, N = 256, R = 556", {"num_experts": 256, "rank": 556}, paper=(57.0, 124.8)),
+    Variant("CP-256, R = 556", {"num_experts": 256, "rank": 556}, paper=(57.0, 124.8)),
     Variant(
-        "TR, N = 256, R = (4, 4, 149)",
+        "TR-256, R = 4·4·149",
         {"num_experts": 256, "factorization": "tr", "rank": (4, 4, 149)},
         paper=(57.4, 125.2),
     ),
