@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mumoe_fast._version import __version__
 from mumoe_fast.bench import demo as demonstration
-from mumoe_fast.bench.cpu import cpu
+from mumoe_fast.bench.goals import on_cpu, on_gpu
 from mumoe_fast.bench.static import static
 from mumoe_fast.bench.suite import bench
 from mumoe_fast.bench.verify import verify
@@ -26,7 +26,8 @@ app = typer.Typer(
     help="Multilinear mixture-of-experts layers at the price of the dense layers they replace.",
 )
 app.command("static")(static)
-app.command("cpu")(cpu)
+app.command("cpu")(on_cpu)
+app.command("gpu")(on_gpu)
 app.command("verify")(verify)
 app.add_typer(bench, name="bench")
 
