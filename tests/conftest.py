@@ -16,6 +16,7 @@ import pytest
 
 from mumoe_fast.kernels.configs import target_architecture
 from mumoe_fast.ops._native_library import available
+from tests.layouts import GPU_TILES, SMALL_TILES
 
 torch.set_num_threads(1)  # the test processes share the cores
 
@@ -39,10 +40,7 @@ def native_kernels(request: pytest.FixtureRequest) -> None:
         pytest.skip(missing)
 
 
-SMALL_TILES = "small tiles"
-
-
-@pytest.fixture(params=(SMALL_TILES, "the GPU's tiles") if torch.cuda.is_available() else (SMALL_TILES,))
+@pytest.fixture(params=(SMALL_TILES, GPU_TILES) if torch.cuda.is_available() else (SMALL_TILES,))
 def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
     """The interpreter's tiles, whose every branch a few tokens reach; on a GPU then those that users' tensors get."""
     if request.param != SMALL_TILES:

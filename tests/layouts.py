@@ -1,4 +1,4 @@
-"""Ways to lay out the same tensors and where to put them, and coefficients without zeros, for tests of the kernels."""
+"""Ways to lay out tensors and where to put them, coefficients without zeros, and tiles, for tests of the kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from mumoe_fast.testing.problems_bilinear import BilinearProblem
 
+SMALL_TILES, GPU_TILES = "small tiles", "the GPU's tiles"
 Arguments = TypeVar("Arguments")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +23,12 @@ import torch
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mumoe_fast.bench.goals.goal import Workload
     from mumoe_fast.bench.goals.measure import Outcome
+
+INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 
 Only = Annotated[str, typer.Option(help='A regular expression searched in "workload, dtype, direction".')]
 Repeats = Annotated[int, typer.Option(min=1, help="Turns of every side, at most.")]
@@ -84,14 +89,37 @@ def _chosen(only: str, workloads: list[Workload]) -> list[Workload]:
 def _run(workloads: list[Workload], device: torch.device, repeats: int, seconds: float, json_file: Path | None) -> None:
     """Measure, show and write; the file grows with every outcome, so that an end before the last keeps the others."""
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from mumoe_fast.bench.goals.measure import measure
     from mumoe_fast.bench.goals.report import json_lines, show
 
     facts = _facts(device)
-    console = Console()
+    console, interrupted = Console(), False
     outcomes: list[Outcome] = []
+    try:
+        for outcome in _measure(workloads, device, repeats, seconds, console):
+            outcomes.append(outcome)
+            if json_file is not None:
+                json_file.write_text(json_lines(outcomes, facts), encoding="utf-8")
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("Interrupted: what follows was measured until then", style="yellow")
+    show(outcomes, console)
+    for name, value in facts.items():
+        console.print(f"{name}: {value}", style="dim", markup=False, highlight=False)
+    if any(outcome.refused for outcome in outcomes):
+        raise typer.Exit(1)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _measure(
+    workloads: list[Workload], device: torch.device, repeats: int, seconds: float, console: Console
+) -> Iterator[Outcome]:
+    """Outcomes one by one, beside a progress bar."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from mumoe_fast.bench.goals.measure import measure
+
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=sum(len(workload.goals) for workload in workloads))
         for workload in workloads:
@@ -100,15 +128,8 @@ def _run(workloads: list[Workload], device: torch.device, repeats: int, seconds:
                 bar.update(task, description=f"{name}: {what}")
 
             for outcome in measure(workload, repeats=repeats, seconds=seconds, device=device, on_start=begin):
-                outcomes.append(outcome)
                 bar.advance(task)
-                if json_file is not None:
-                    json_file.write_text(json_lines(outcomes, facts), encoding="utf-8")
-    show(outcomes, console)
-    for name, value in facts.items():
-        console.print(f"{name}: {value}", style="dim", markup=False, highlight=False)
-    if any(outcome.refused for outcome in outcomes):
-        raise typer.Exit(1)
+                yield outcome
 
 
 def _facts(device: torch.device) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -327,3 +328,18 @@ def test_the_gpus_table_needs_a_gpu() -> None:
     result = CliRunner().invoke(app, ["--only", "entmax"])
     assert result.exit_code == 2
     assert "expected a GPU" in result.output
+
+
+def test_an_interrupted_table_shows_and_writes_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped(workload: Workload, **options: object) -> Iterator[Outcome]:
+        yield Outcome(TINY, FORWARD, None, (), {OURS: Measurement(OURS, (1.0,))}, (check(TINY)[0][0],))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "measure", stopped)
+    app, path = typer.Typer(), tmp_path / "cpu.jsonl"
+    app.command()(on_cpu)
+    result = CliRunner().invoke(app, ["--json", str(path)])
+    assert result.exit_code == 130
+    assert "Interrupted" in result.output
+    assert "tiny, float32" in result.output
+    assert len(path.read_text().splitlines()) == 1

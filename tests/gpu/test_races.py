@@ -14,7 +14,7 @@ from tests.gpu.stand_in import DEVICE, HERE, bits, busy_stream, on_gpu
 
 REPEATS = 1000 if HERE else 2
 SMALL = [case for case in cases() if case.quick and (case.dtype == torch.bfloat16 or case.family == "layer")]
-IN_THE_INTERPRETER = [case for case in SMALL if case.family in ("gate", "cp", "tucker", "mxd")]
+IN_THE_INTERPRETER = [case for case in SMALL if case.family in ("gate", "cp")]
 
 
 def changes(trial: Trial, repeats: int, before_each: Callable[[], None]) -> dict[str, int]:
