@@ -212,7 +212,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(f"{kinds}, {len(report.violations)} violations")
 
 
-def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table's lines."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
@@ -223,11 +224,11 @@ def markdown(report: Report, dtypes: Sequence[str] = ("bfloat16",)) -> str:
     lines = [
         f"Triton {triton.__version__}; for each kernel the worst over all sizes.",
         "",
-        *_markdown_table(RESOURCE_COLUMNS, resources),
+        *markdown_table(RESOURCE_COLUMNS, resources),
         "",
         f"Bytes of one launch on few tiles, with the blocks of {ARCHITECTURE}.",
         "",
-        *_markdown_table(BYTE_COLUMNS, _byte_cells(report.traffics)),
+        *markdown_table(BYTE_COLUMNS, _byte_cells(report.traffics)),
     ]
     if reasons := _reasons(report.findings):
         lines += ["", *(f"- {reason}" for reason in reasons)]
