@@ -16,6 +16,7 @@ from mumoe_fast.bench import demo as demonstration
 from mumoe_fast.bench.goals import on_cpu, on_gpu
 from mumoe_fast.bench.static import static
 from mumoe_fast.bench.suite import bench
+from mumoe_fast.bench.tune import command as tune
 from mumoe_fast.bench.verify import verify
 from mumoe_fast.ops import dispatch, native_gemm
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("static")(static)
 app.command("cpu")(on_cpu)
 app.command("gpu")(on_gpu)
+app.command("tune")(tune)
 app.command("verify")(verify)
 app.add_typer(bench, name="bench")
 
