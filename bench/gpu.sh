@@ -48,7 +48,7 @@ verify_cpu() {
   TRITON_INTERPRET=1 mumoe verify --quick --only '^entmax/.*/float32' --impl triton --device cpu --save "$OUT/verify.jsonl"
 }
 
-gpu() { workers tests/gpu; } # races, streams, CUDA graphs, large inputs
+gpu() { WORKERS=$((WORKERS < 6 ? WORKERS : 6)) workers tests/gpu; } # races, streams, graphs, gigabytes a worker
 gpu_cpu() { tests tests/gpu -k 'current_stream and gate'; }
 
 sanitize() { # every kernel under three tools; only what they find in our kernels counts

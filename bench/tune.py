@@ -67,7 +67,8 @@ class Entry:
     def current(self, architecture: str) -> Config:
         """What the library uses."""
         found = self._table()[architecture]
-        return found[self._place(found)] if isinstance(found, tuple) else found
+        config: Config = found[self._place(found)] if isinstance(found, tuple) else found
+        return config
 
     def using(self, architecture: str, config: Config) -> AbstractContextManager[object]:
         """The library with another configuration in this place."""
