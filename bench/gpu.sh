@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 SELF=$PWD/bench/gpu.sh
 PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} WHEELS=${WHEELS:-} WORKERS=${WORKERS:-$(nproc)}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-580} DEVICE=${DEVICE:-cuda}
-export PYTHON OUT WHEELS WORKERS DEVICE PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHON OUT WHEELS WORKERS DEVICE PYTHONUNBUFFERED=1 COLUMNS=160 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 STAGES=(build test verify gpu sanitize goals bench)
 # Seconds at most. The first five leave 115 to the last two if each takes all that it may, and commonly 300.
