@@ -18,6 +18,7 @@ from mumoe_fast.bench.static import static
 from mumoe_fast.bench.suite import bench
 from mumoe_fast.bench.tune import command as tune
 from mumoe_fast.bench.verify import verify
+from mumoe_fast.examples._run import usage_errors
 from mumoe_fast.ops import dispatch, native_gemm
 
 app = typer.Typer(
@@ -83,4 +84,5 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("report.html"),
 ) -> None:
     """Train a small GPT with dense and with μMoE MLPs on real text, compare them, and write a report."""
-    demonstration.run(seconds=seconds, steps=steps, impl=impl, device=device, text=text, output=output)
+    with usage_errors(ImportError):
+        demonstration.run(seconds=seconds, steps=steps, impl=impl, device=device, text=text, output=output)

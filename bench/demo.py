@@ -23,23 +23,15 @@ from mumoe_fast.bench.demo_checkpoint import CHECKPOINT, save_activations
 from mumoe_fast.bench.demo_result import Demo, Row, page, show
 from mumoe_fast.bench.experts import ExpertText, collect_coefficients, describe_expert, pick_experts
 from mumoe_fast.bench.measure import count_flops, describe_machine, interleaved_seconds, peak_bytes
-from mumoe_fast.examples._text import Corpus
-from mumoe_fast.examples.train_gpt import (
-    GPT,
-    ModelConfig,
-    Record,
-    TrainConfig,
-    Trainer,
-    build_model,
-    catch_interrupt,
-    count_parameters,
-    default_device,
-    progress_bar,
-    uses_bfloat16,
-)
+from mumoe_fast.examples._processes import default_device
+from mumoe_fast.examples._run import catch_interrupt, progress_bar
+from mumoe_fast.examples._tokens import Corpus
+from mumoe_fast.examples._training import Record, TrainConfig, Trainer, count_parameters, uses_bfloat16
+from mumoe_fast.examples.train_gpt import ModelConfig, TextTask, build_model
 from mumoe_fast.ops.dispatch import best
 
 SECONDS = 110.0  # of training, both models together
+TextTrainer = Trainer[TextTask]
 PATIENCE = 1.4  # training ends early when it takes that many times longer than the trial promised
 
 
@@ -76,10 +68,8 @@ def run(
     reason = f"auto picks it: {choice.reason}" if impl == "auto" else "it was asked for"
     shapes = {"dense": replace(model, mlp="dense"), "μMoE": replace(model, mlp="cp", impl=chosen)}
 
-    def start(training: TrainConfig) -> dict[str, Trainer]:
-        return {
-            name: Trainer(build_model(shape, place, training.seed), corpus, training) for name, shape in shapes.items()
-        }
+    def start(training: TrainConfig) -> dict[str, TextTrainer]:
+        return {name: start_training(shape, corpus, training, place) for name, shape in shapes.items()}
 
     timed = steps is None
     if steps is None:
@@ -115,12 +105,18 @@ def run(
     output.write_text(page(demo), encoding="utf-8")
     windows, _ = corpus.held_out_windows(model.context)
     checkpoint = output.with_name(CHECKPOINT.name)
-    save_activations(checkpoint, trainers["μMoE"].model, windows)
+    save_activations(checkpoint, trainers["μMoE"].task.model, windows)
     console.print(f"The report is in {output}; what `mumoe bench` uses of the gates is in {checkpoint}", markup=False)
     return demo
 
 
-def affordable_steps(trainers: Mapping[str, Trainer], seconds: float) -> int:
+def start_training(shape: ModelConfig, corpus: Corpus, training: TrainConfig, device: torch.device) -> TextTrainer:
+    """A trainer of the model that the seed starts with."""
+    model = build_model(shape, device, training.seed)
+    return Trainer(TextTask(model, shape, corpus, seed=training.seed), training)
+
+
+def affordable_steps(trainers: Mapping[str, TextTrainer], seconds: float) -> int:
     """How many steps of all trainers fit into `seconds`, to a multiple of ten, from a few steps of each."""
     trial = interleaved_seconds(
         {name: trainer.update for name, trainer in trainers.items()}, bursts=4, repeats=1, limit=5
@@ -130,7 +126,7 @@ def affordable_steps(trainers: Mapping[str, Trainer], seconds: float) -> int:
 
 
 def train_together(
-    trainers: Mapping[str, Trainer], console: Console, interrupted: Event, limit: float = math.inf
+    trainers: Mapping[str, TextTrainer], console: Console, interrupted: Event, limit: float = math.inf
 ) -> dict[str, list[Record]]:
     """Let all trainers take each step before any takes the next, to the end, an interrupt or `limit` seconds."""
     records: dict[str, list[Record]] = {name: [] for name in trainers}
@@ -147,26 +143,26 @@ def train_together(
     return records
 
 
-def twin(trainer: Trainer, impl: str) -> Trainer:
+def twin(trainer: TextTrainer, impl: str) -> TextTrainer:
     """A copy with the same weights and optimiser state, whose μMoE layers run by `impl`."""
-    model = GPT(replace(trainer.model.config, impl=impl)).to(trainer.model.device)
-    model.load_state_dict(trainer.model.state_dict())
-    other = Trainer(model, trainer.corpus, trainer.config)
+    task = trainer.task
+    other = start_training(replace(task.config, impl=impl), task.corpus, trainer.config, task.device)
+    other.model.load_state_dict(trainer.model.state_dict())
     other.optimizer.load_state_dict(trainer.optimizer.state_dict())
     other.done = trainer.done
     return other
 
 
-def compare(dense: Trainer, mumoe: Trainer, chosen: str, reason: str) -> tuple[list[Row], list[str]]:
+def compare(dense: TextTrainer, mumoe: TextTrainer, chosen: str, reason: str) -> tuple[list[Row], list[str]]:
     """The table's rows and what to say about them; copies are measured, the trained models are left as they are."""
     contenders = {"dense": dense, "μMoE, reference": mumoe if chosen == "reference" else twin(mumoe, "reference")}
     if chosen != "reference":
         contenders[f"μMoE, {chosen}"] = mumoe
-    held_out = {name: trainer.evaluate() for name, trainer in contenders.items()}
-    batch = mumoe.corpus.batch(mumoe.done, mumoe.config.batch, mumoe.model.config.context, mumoe.config.seed)
+    held_out = {name: trainer.evaluate(complete=True)["held_out"] for name, trainer in contenders.items()}
+    batch = mumoe.batch(mumoe.done)
     with torch.no_grad():
-        losses = {name: trainer.loss(*batch).item() for name, trainer in contenders.items()}
-    copies = {name: twin(trainer, trainer.model.config.impl) for name, trainer in contenders.items()}
+        losses = {name: trainer.loss(batch).item() for name, trainer in contenders.items()}
+    copies = {name: twin(trainer, trainer.task.config.impl) for name, trainer in contenders.items()}
     seconds = interleaved_seconds({name: copy.update for name, copy in copies.items()}, bursts=7, repeats=2, limit=20)
     rows = [measure(name, copies[name], seconds[name], held_out[name]) for name in contenders]
     gap = held_out["μMoE, reference"] / held_out["dense"] - 1
@@ -187,12 +183,11 @@ def compare(dense: Trainer, mumoe: Trainer, chosen: str, reason: str) -> tuple[l
     return rows, remarks
 
 
-def measure(name: str, trainer: Trainer, seconds: Sequence[float], held_out: float) -> Row:
+def measure(name: str, trainer: TextTrainer, seconds: Sequence[float], held_out: float) -> Row:
     """One row, from a copy that may go on training and the seconds that its steps took."""
-    x, _ = trainer.corpus.batch(0, trainer.config.batch, trainer.model.config.context, trainer.config.seed)
-    x = x.to(trainer.model.device)
+    x, _ = trainer.batch(0)
     fast, middle, slow = quantiles(seconds, n=4)
-    transient = peak_bytes(trainer.update, trainer.model.device)
+    transient = peak_bytes(trainer.update, trainer.task.device)
     return Row(
         name=name,
         parameters=count_parameters(trainer.model),
@@ -203,16 +198,17 @@ def measure(name: str, trainer: Trainer, seconds: Sequence[float], held_out: flo
     )
 
 
-def resident_bytes(trainer: Trainer) -> int:
+def resident_bytes(trainer: TextTrainer) -> int:
     """What stays in memory between steps: parameters, buffers and the optimiser's state."""
     state = (value for values in trainer.optimizer.state.values() for value in values.values())
     tensors = chain(trainer.model.parameters(), trainer.model.buffers(), state)
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def read_experts(trainer: Trainer, layer: int) -> list[ExpertText]:
+def read_experts(trainer: TextTrainer, layer: int) -> list[ExpertText]:
     """The three most specialised experts of one layer, on the held-out text."""
-    windows, _ = trainer.corpus.held_out_windows(trainer.model.config.context)
-    coefficients = collect_coefficients(trainer.model, windows, layer)
-    text = bytes(trainer.corpus.held_out.tolist())
+    task = trainer.task
+    windows, _ = task.corpus.held_out_windows(task.config.context)
+    coefficients = collect_coefficients(task.model, windows, layer)
+    text = task.corpus.held_out.tobytes()
     return [describe_expert(coefficients, text, expert) for expert in pick_experts(coefficients)]

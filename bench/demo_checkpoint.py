@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_fast.examples.train_gpt import GPT
 from mumoe_fast.layers import ExpertGate, MuMoEMLP
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
 
 CHECKPOINT = Path("demo.pt")  # where the demo is run, beside its report
 TOKENS = 1024
@@ -27,15 +30,15 @@ class Activations:
     gate: Mapping[str, Tensor]
 
 
-def save_activations(path: Path, model: GPT, windows: Tensor) -> None:
+def save_activations(path: Path, model: GPT2LMHeadModel, windows: Tensor) -> None:
     """Run windows (windows, context) of held-out text through the model and keep `TOKENS` tokens of every block."""
-    blocks = [_observed(model, index, windows) for index in range(len(model.blocks))]
+    blocks = [_observed(model, index, windows) for index in range(len(model.transformer.h))]
     torch.save({"blocks": [{"input": block.input, "gate": dict(block.gate)} for block in blocks]}, path)
 
 
 @torch.no_grad()
-def _observed(model: GPT, index: int, windows: Tensor) -> Activations:
-    mlp = model.blocks[index].mlp
+def _observed(model: GPT2LMHeadModel, index: int, windows: Tensor) -> Activations:
+    mlp = model.transformer.h[index].mlp
     if not isinstance(mlp, MuMoEMLP):
         raise TypeError(f"model: expected a μMoE MLP in block {index}, got {type(mlp).__name__}")
     seen: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -14,7 +14,8 @@ from rich.text import Text
 from mumoe_fast.bench import report as html
 from mumoe_fast.bench.charts import Axis, Plot, Series, chart
 from mumoe_fast.bench.experts import ExpertText
-from mumoe_fast.examples.train_gpt import ModelConfig, Record, TrainConfig
+from mumoe_fast.examples._training import Record, TrainConfig
+from mumoe_fast.examples.train_gpt import WINDOWS, ModelConfig
 
 SAME = "same"  # in place of a figure: this row is the implementation of the row above and was not measured again
 
@@ -116,7 +117,7 @@ def page(demo: Demo) -> str:
         f"{training.batch} × {model.context} bytes a step, {demo.done} steps; {demo.text_bytes[0]:,} bytes of text to "
         f"train on and {demo.text_bytes[1]:,} held out."
     )
-    losses = Plot(loss_curves(demo), Axis("step"), Axis("loss, nats per byte"))
+    losses = Plot(loss_curves(demo.records), Axis("step"), Axis("loss, nats per byte"))
     return html.page(
         "μMoE and dense, side by side",
         html.paragraph(lead, "lead"),
@@ -131,7 +132,7 @@ def page(demo: Demo) -> str:
             "Loss",
             html.card(chart(losses, title="Loss curves")),
             html.paragraph(
-                f"Training loss is a running mean; held-out loss is on {training.evaluate_windows} windows spread over "
+                f"Training loss is a running mean; held-out loss is on {WINDOWS} windows spread over "
                 "the held-out text.",
                 "note",
             ),
@@ -155,13 +156,13 @@ def expert_card(expert: ExpertText) -> html.Markup:
     return html.card(html.heading(title(expert)), *lines)
 
 
-def loss_curves(demo: Demo) -> list[Series]:
+def loss_curves(run: Mapping[str, Sequence[Record]]) -> list[Series]:
     """Smoothed training loss and held-out points of each model."""
     curves = []
-    for colour, (name, records) in enumerate(demo.records.items()):
+    for colour, (name, records) in enumerate(run.items()):
         smooth = running_mean([record.loss for record in records])
         train = [(float(record.step), value) for record, value in zip(records, smooth, strict=True)]
-        points = [(float(record.step), record.held_out) for record in records if record.held_out is not None]
+        points = [(float(record.step), record.figures["held_out"]) for record in records if record.figures]
         curves.append(Series(f"{name}, training", train, colour, "faint"))
         curves.append(Series(f"{name}, held out", points, colour, marker=0))
     return curves

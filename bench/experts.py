@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_fast.examples.train_gpt import GPT
 from mumoe_fast.layers import ExpertGate
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class ExpertText:
 
 
 @torch.no_grad()
-def collect_coefficients(model: GPT, windows: Tensor, layer: int, batch: int = 16) -> Tensor:
+def collect_coefficients(model: GPT2LMHeadModel, windows: Tensor, layer: int, batch: int = 16) -> Tensor:
     """The first level's coefficients (tokens, N) of block `layer` over windows (windows, context), on the CPU."""
-    gates = [module for module in model.blocks[layer].modules() if isinstance(module, ExpertGate)]
+    gates = [module for module in model.transformer.h[layer].modules() if isinstance(module, ExpertGate)]
     if len(gates) != 1:
         raise ValueError(f"layer: expected a block with one expert gate, got {len(gates)} in block {layer}")
     collected: list[Tensor] = []

@@ -1,46 +1,47 @@
-"""Train a small GPT on any text, with dense MLPs or with μMoE MLPs of the same parameter count.
+"""Train a GPT-2 on any text, with dense MLPs or with μMoE MLPs of the same parameter count.
 
-    python -m mumoe_fast.examples.train_gpt --mlp cp --experts 64 --steps 300
+    python -m mumoe_fast.examples.train_gpt train --mlp cp --steps 300
+    torchrun --nproc-per-node 4 -m mumoe_fast.examples.train_gpt train --size 124M --text tokens.bin --out runs/cp
 
-The swap itself is `make_mlp`. Everything else is an ordinary GPT: bytes as tokens, learned positions, pre-norm blocks,
-a head tied to the embedding. A batch depends on the seed and the step alone, so two models see the same batches, and a
-run that stopped at a step continues as if it had not.
-
-The optimiser follows the paper's Table 7 (NanoGPT): AdamW with weight decay 0.1 on matrices, warm-up over a small share
-of the steps, no dropout. The learning rate is higher and the batch smaller, as suits three million parameters.
+The model is Hugging Face's, and the swap is one call of `mumoe_fast.convert`. Two models see the same batches, and a
+run that was killed continues as if it had not been.
 """
 
 from __future__ import annotations
 
-import math
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
-from types import FrameType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from mumoe_fast.examples._text import Corpus
-from mumoe_fast.layers import MuMoEMLP
+import mumoe_fast
+from mumoe_fast.examples._checkpoints import OtherRunError, newest_checkpoint, read_model, read_settings
+from mumoe_fast.examples._processes import Strategy, join_processes
+from mumoe_fast.examples._run import fit, overridden, usage_errors
+from mumoe_fast.examples._tokens import Corpus
+from mumoe_fast.examples._tokens import prepare as prepare_tokens
+from mumoe_fast.examples._training import Precision, TrainConfig, Trainer, count_parameters
 
-MLP = Literal["dense", "cp"]
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+MLP = Literal["dense", "cp", "tr", "tt", "tucker", "full"]
 Norm = Literal["batch", "layer", "none"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Tokens = tuple[Tensor, Tensor]  # inputs and targets (samples, context)
+WINDOWS = 32  # contexts of held-out text that an evaluation during training takes
+TOKENS_AT_ONCE = 4096  # in evaluation
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The GPT's shape, and which MLP its blocks have; `rank=None` matches the dense MLP's parameters.
+    """A GPT-2's shape, and which MLP its blocks have; `rank=None` matches the dense MLP's parameters.
 
     The gate's batch norm keeps all experts in use and makes them more specialised (the paper's appendix H.3); in short
     runs a layer-normed gate sends most tokens to a few experts. Its statistics are the batch's while training, all
@@ -51,7 +52,7 @@ class ModelConfig:
     experts: int = 64
     rank: int | None = None
     norm: Norm = "batch"
-    impl: str = "auto"
+    impl: str = field(default="auto", compare=False)
     layers: int = 4
     heads: int = 4
     width: int = 256
@@ -59,321 +60,226 @@ class ModelConfig:
     vocabulary: int = 256
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run: its length, its batches and its optimiser."""
-
-    steps: int = 300
-    batch: int = 4
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.1  # as a share of the highest
-    warmup: float = 0.1  # as a share of the steps
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    seed: int = 0
-    evaluate_every: int = 50
-    evaluate_windows: int = 32
-    precision: Precision = "auto"
-
-
-def make_mlp(config: ModelConfig) -> nn.Module:
-    """A block's MLP: the one place where a dense GPT and a μMoE GPT differ."""
-    if config.mlp == "dense":
-        hidden = 4 * config.width
-        return nn.Sequential(nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width))
-    return MuMoEMLP(
-        config.width,
-        4 * config.width,
-        num_experts=config.experts,
-        factorization=config.mlp,
-        rank=config.rank,
-        norm=config.norm,
-        impl=config.impl,
-    )
+# The optimiser follows the paper's Table 7 (NanoGPT); the learning rate is higher and the batch smaller where the model
+# is small.
+SIZES = {
+    "tiny": (ModelConfig(), TrainConfig()),
+    "small": (
+        ModelConfig(layers=6, heads=6, width=384),
+        TrainConfig(steps=5000, batch=32, warmup=0.02, evaluate_every=250, checkpoint_every=250),
+    ),
+    "124M": (
+        ModelConfig(experts=256, norm="layer", layers=12, heads=12, width=768, context=1024, vocabulary=50257),
+        TrainConfig(
+            steps=100_000, batch=24, learning_rate=6e-4, warmup=0.02, evaluate_every=1000, checkpoint_every=1000
+        ),
+    ),
+}
+Size = Literal["tiny", "small", "124M"]
 
 
-class Attention(nn.Module):
-    """Causal self-attention."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (batch, context, width) to the same."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.proj(y.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block around an attention and an MLP."""
-
-    def __init__(self, width: int, attention: nn.Module, mlp: nn.Module) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = attention
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (batch, context, width) to the same."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
-
-
-class GPT(nn.Module):
-    """Tokens (batch, context) to logits (batch, context, vocabulary)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.positions = nn.Parameter(torch.empty(config.context, config.width))
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.positions, std=0.02)
-        attentions = [Attention(config) for _ in range(config.layers)]
-        mlps = [make_mlp(config) for _ in range(config.layers)]  # last: one seed gives all else the same start
-        self.blocks = nn.ModuleList(
-            Block(config.width, attention, mlp) for attention, mlp in zip(attentions, mlps, strict=True)
-        )
-        self.norm = nn.LayerNorm(config.width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits for the byte after each one."""
-        x = self.embedding(tokens) + self.positions[: tokens.shape[-1]]
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.embedding.weight)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.positions.device
-
-
-def build_model(config: ModelConfig, device: torch.device | str, seed: int) -> GPT:
-    """The model that `seed` starts with."""
-    torch.manual_seed(seed)
-    return GPT(config).to(device)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """All trainable numbers."""
-    return sum(p.numel() for p in module.parameters())
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one step reports; `held_out` only where it was evaluated."""
-
-    step: int  # steps done
-    loss: float
-    learning_rate: float
-    seconds: float  # spent on steps since the start, evaluation excluded
-    tokens: int  # seen since the start
-    held_out: float | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The mean so far."""
-        return self.tokens / self.seconds
-
-
-class Trainer:
-    """A model, its optimiser and the number of steps done: iterate to train, stop whenever, iterate again to go on."""
-
-    def __init__(self, model: GPT, corpus: Corpus, config: TrainConfig) -> None:
-        shortest = min(len(corpus.train), len(corpus.held_out))
-        if shortest <= model.config.context:
-            raise ValueError(
-                f"text: expected more than {10 * (model.config.context + 1)} bytes, so that the held-out tenth fills a "
-                f"context of {model.config.context}, got {len(corpus.train) + len(corpus.held_out)}"
-            )
-        self.model, self.corpus, self.config = model, corpus, config
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
-        vectors = [p for p in model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=config.betas,
-        )
-        self.done = 0
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[Record]:
-        """Train step by step to the end of the schedule, from wherever this trainer is."""
-        while self.done < self.config.steps:
-            yield self.advance()
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to `final_learning_rate`."""
-        config = self.config
-        warmup = max(1, round(config.warmup * config.steps))
-        if step < warmup:
-            return config.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, config.steps - warmup)
-        floor = config.final_learning_rate
-        return config.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
-
-    def loss(self, x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross entropy in nats per byte."""
-        device = self.model.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(self.config.precision, device)):
-            logits = self.model(x.to(device))
-        return F.cross_entropy(logits.flatten(0, 1).float(), y.to(device).flatten(), reduction=reduction)
-
-    def update(self) -> float:
-        """One step: forward, backward, clip, update. Returns its loss, for which it waits for the device."""
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.done)
-        loss = self.loss(*self.corpus.batch(self.done, config.batch, self.model.config.context, config.seed))
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        return loss.item()
-
-    def advance(self) -> Record:
-        """One step with the clock running, then the evaluation if it is time for one."""
-        config, learning_rate = self.config, self.learning_rate(self.done)
-        start = time.perf_counter()
-        loss = self.update()
-        self.seconds += time.perf_counter() - start
-        due = self.done % config.evaluate_every == 0 or self.done == config.steps
-        return Record(
-            step=self.done,
-            loss=loss,
-            learning_rate=learning_rate,
-            seconds=self.seconds,
-            tokens=self.done * config.batch * self.model.config.context,
-            held_out=self.evaluate(config.evaluate_windows) if due else None,
-        )
-
-    @torch.no_grad()
-    def evaluate(self, windows: int | None = None) -> float:
-        """Held-out loss in nats per byte, on all of the held-out text or on that many windows spread over it."""
-        self.model.eval()
-        x, y = self.corpus.held_out_windows(self.model.config.context, windows)
-        total = 0.0
-        for chunk in torch.arange(len(x)).split(4 * self.config.batch):
-            total += self.loss(x[chunk], y[chunk], reduction="sum").item()
-        self.model.train()
-        return total / y.numel()
-
-
-def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
-    """Whether to autocast: "auto" does where the hardware multiplies bfloat16 and kernel launches are cheap (a GPU)."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bfloat16"
-
-
-@contextmanager
-def catch_interrupt() -> Iterator[Event]:
-    """Inside, the first Ctrl-C sets the event, to be looked at between two steps; the second raises as usual."""
-    asked = Event()
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    previous = signal.signal(signal.SIGINT, handle)
+def build_model(config: ModelConfig, device: torch.device | str, seed: int) -> GPT2LMHeadModel:
+    """The model that `seed` starts with: dense or converted, all but the MLPs is the same."""
     try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with steps, times and whatever the task's `note` says."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise ImportError("the example's GPT-2 is transformers': pip install 'mumoe-fast[examples]'") from error
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocabulary,
+            n_positions=config.context,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            activation_function="gelu",  # NanoGPT's, and one kernel; GPT-2's own gelu_new is several
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
     )
+    if config.mlp != "dense":
+        mumoe_fast.convert(
+            model,
+            num_experts=config.experts,
+            factorization=config.mlp,
+            rank=config.rank,
+            norm=config.norm,
+            impl=config.impl,
+        )
+    return nn.Module.to(model, device)
 
 
-def save(path: Path, trainer: Trainer, records: list[Record]) -> None:
-    """Write what was trained: configurations, weights, optimiser, steps done and every record."""
-    torch.save(
-        {
-            "model_config": asdict(trainer.model.config),
-            "train_config": asdict(trainer.config),
-            "model": trainer.model.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
-            "done": trainer.done,
-            "seconds": trainer.seconds,
-            "records": [asdict(record) for record in records],
-        },
-        path,
-    )
+class TextTask:
+    """Next-token prediction on a corpus.
+
+    Args:
+        model: what `build_model` made of `config`.
+        corpus: long enough for the model's context.
+        seed: of the samples.
+        windows: how many held-out ones an evaluation during training takes.
+    """
+
+    unit = "tokens"
+
+    def __init__(
+        self, model: GPT2LMHeadModel, config: ModelConfig, corpus: Corpus, *, seed: int = 0, windows: int = WINDOWS
+    ) -> None:
+        corpus.require(config.context)
+        if corpus.vocabulary > config.vocabulary:
+            raise ValueError(f"vocabulary: expected the text's {corpus.vocabulary:,}, got {config.vocabulary:,}")
+        self.model, self.config, self.corpus, self.seed, self.windows = model, config, corpus, seed, windows
+        self.device = model.device
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The transformer's blocks."""
+        return self.model.transformer.h
+
+    @property
+    def units_per_sample(self) -> int:
+        """Tokens in a context."""
+        return self.config.context
+
+    def batch(self, samples: range) -> Tokens:
+        """Inputs and targets on the model's device."""
+        x, y = self.corpus.windows(samples, self.config.context, self.seed)
+        return x.to(self.device), y.to(self.device)
+
+    def loss(self, model: nn.Module, batch: Tokens, reduction: str = "mean") -> Tensor:
+        """Cross entropy in nats per token."""
+        x, y = batch
+        logits = model(input_ids=x).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction=reduction)
+
+    def evaluate(self, model: nn.Module, complete: bool) -> dict[str, float]:
+        """The held-out loss in nats per token."""
+        x, y = self.corpus.held_out_windows(self.config.context, None if complete else self.windows)
+        total = 0.0
+        for chunk in torch.arange(len(x)).split(max(1, TOKENS_AT_ONCE // self.config.context)):
+            total += self.loss(model, (x[chunk].to(self.device), y[chunk].to(self.device)), reduction="sum").item()
+        return {"held_out": total / y.numel()}
 
 
-def default_device() -> str:
-    """The GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def load_model(run: Path, device: torch.device | str = "cpu") -> tuple[GPT2LMHeadModel, ModelConfig]:
+    """The model of a run's newest checkpoint, in one process however many trained it.
+
+    Raises:
+        FileNotFoundError: the run's folder has no complete checkpoint.
+    """
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise FileNotFoundError(f"run: expected a folder with a complete checkpoint, got {run}")
+    config = ModelConfig(**read_settings(checkpoint)["model"])
+    model = build_model(config, device, seed=0)
+    read_model(checkpoint, model)
+    return model.eval(), config
 
 
-def main(
-    text: Annotated[Path | None, typer.Option(help="A text file; without it, the reference CPython carries.")] = None,
-    mlp: Annotated[MLP, typer.Option(help="The blocks' MLP.")] = "cp",
-    experts: Annotated[int, typer.Option(help="Experts per MLP (μMoE).")] = 64,
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
+
+
+@app.command()
+def train(
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="A text, or what `prepare` wrote; without it CPython's own reference."
+        ),
+    ] = None,
+    size: Annotated[
+        Size, typer.Option(help="Shape and schedule, which the options below override; 124M is the paper's.")
+    ] = "tiny",
+    mlp: Annotated[MLP, typer.Option(help="The blocks' MLP: dense, or a μMoE factorisation.")] = "cp",
+    experts: Annotated[int | None, typer.Option(help="Experts per MLP (μMoE).")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank (μMoE); without it, as many parameters as dense.")] = None,
-    norm: Annotated[Norm, typer.Option(help="The gate's normalisation (μMoE).")] = "batch",
-    impl: Annotated[str, typer.Option(help="auto, or an implementation by name (μMoE).")] = "auto",
-    layers: int = 4,
-    heads: int = 4,
-    width: int = 256,
-    context: int = 256,
-    steps: int = 300,
-    batch: int = 4,
-    learning_rate: float = TrainConfig.learning_rate,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out text.")] = 50,
-    precision: Annotated[Precision, typer.Option(help="auto: bfloat16 on a GPU that has it.")] = "auto",
-    seed: int = 0,
+    norm: Annotated[Norm | None, typer.Option(help="The gate's normalisation (μMoE).")] = None,
+    impl: Annotated[str | None, typer.Option(help="auto, or an implementation by name (μMoE).")] = None,
+    layers: int | None = None,
+    heads: int | None = None,
+    width: int | None = None,
+    context: int | None = None,
+    steps: int | None = None,
+    batch: Annotated[int | None, typer.Option(help="Samples of a step, over all processes and micro-batches.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Micro-batches that a step is computed in.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="As a share of the steps.")] = None,
+    weight_decay: float | None = None,
+    precision: Annotated[Precision | None, typer.Option(help="auto: bfloat16 on a GPU that has it.")] = None,
+    seed: int | None = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations on held-out text.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (with --out).")] = None,
+    parallel: Annotated[
+        Strategy, typer.Option(help="Under torchrun: ddp copies the model, fsdp shards it over the samples' processes.")
+    ] = "auto",
+    tensor_parallel: Annotated[int, typer.Option(help="Processes that share the rank of every expert layer.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; without it, a GPU if there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to save the weights, also after Ctrl-C.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder: checkpoints and log. A run that was stopped there goes on by itself."),
+    ] = None,
 ) -> None:
-    """Train a small GPT on bytes, with dense or μMoE MLPs of the same size. Ctrl-C keeps what was trained."""
+    """Train. Ctrl-C stops after the step in progress, and keeps it where there is --out."""
     console = Console()
-    model = build_model(
-        ModelConfig(mlp, experts, rank, norm, impl, layers, heads, width, context), device or default_device(), seed
-    )
-    config = TrainConfig(steps, batch, learning_rate, seed=seed, evaluate_every=evaluate_every, precision=precision)
-    trainer = Trainer(model, Corpus.load(text), config)
-    console.print(f"{mlp} MLPs, {count_parameters(model):,} parameters, on {model.device}")
+    shape, training = SIZES[size]
+    with usage_errors(ValueError):
+        corpus = Corpus.load(text)
+        shape = overridden(
+            shape,
+            mlp=mlp,
+            experts=experts,
+            rank=rank,
+            norm=norm,
+            impl=impl,
+            layers=layers,
+            heads=heads,
+            width=width,
+            context=context,
+            vocabulary=max(shape.vocabulary, corpus.vocabulary),
+        )
+        training = overridden(
+            training,
+            steps=steps,
+            batch=batch,
+            accumulate=accumulate,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            precision=precision,
+            seed=seed,
+            evaluate_every=evaluate_every,
+            checkpoint_every=checkpoint_every,
+        )
+    with ExitStack() as stack:
+        with usage_errors(ValueError, ImportError):
+            processes = stack.enter_context(join_processes(parallel, tensor_parallel, device))
+            model = build_model(shape, processes.device, training.seed)
+            parameters = count_parameters(model)
+            trainer = Trainer(TextTask(model, shape, corpus, seed=training.seed), training, processes)
+        if processes.first:
+            console.print(f"{mlp} MLPs, {parameters:,} parameters, on {processes}", highlight=False)
+        with usage_errors(OtherRunError):
+            fit(trainer, out=out, settings={"model": shape}, console=console)
 
-    records: list[Record] = []
-    with catch_interrupt() as interrupted, progress_bar(console) as bar:
-        task = bar.add_task("training", total=steps, note="")
-        for record in trainer:
-            records.append(record)
-            bar.update(task, advance=1, note=f"loss {record.loss:.3f}  {record.tokens_per_second:,.0f} tokens/s")
-            if record.held_out is not None:
-                bar.console.print(f"step {record.step}: held-out loss {record.held_out:.4f} nats per byte")
-            if interrupted.is_set():
-                break
-    held_out = trainer.evaluate()
-    console.print(f"after {trainer.done} of {steps} steps: {held_out:.4f} nats per byte on all of the held-out text")
-    if out is not None:
-        save(out, trainer, records)
-        console.print(f"saved to {out}")
+
+@app.command()
+def prepare(
+    text: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="UTF-8.")],
+    out: Annotated[Path, typer.Argument(help="The file of tokens; OUT.json beside it says what it holds.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A tokenizer of transformers, such as a folder; without it the tokens are the bytes."),
+    ] = None,
+) -> None:
+    """Write a text's tokens to a file that training maps into memory. (A text itself can be trained on as bytes.)"""
+    console = Console()
+    with usage_errors(ValueError, OSError):
+        description = prepare_tokens(text, out, tokenizer, console)
+    console.print(f"{description.tokens:,} tokens of {description.vocabulary:,} different ones are in {out}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from mumoe_fast import _pretrained
 from mumoe_fast import _validation as check
 from mumoe_fast import rank as counts
 from mumoe_fast._conversion import (
@@ -71,6 +72,9 @@ def convert(
     gelu_tanh (gelu_new), relu and silu. Everything is planned and built before the first layer is swapped: an error
     leaves the model as it was.
 
+    A model of `transformers` notes the conversion in its config, which becomes its own, and where
+    `mumoe_fast.huggingface` is imported `from_pretrained` repeats it.
+
     Args:
         model: changed in place, unless `dry_run`.
         layers: "mlp", every MLP; "head", the last linear layer; names of MLPs or linear layers, as in
@@ -82,7 +86,8 @@ def convert(
         alpha: of the gate's entmax, in [1, 2].
         impl: "auto" or an implementation by name.
         factory: makes the replacement from name and module, in place of all of the above but `layers`; with names or a
-            predicate the module may then be of any kind. A dry run calls it too, on the meta device.
+            predicate the module may then be of any kind. A dry run calls it too, on the meta device. No config can
+            hold it: `from_pretrained` refuses the saved model and says how to load it.
         dry_run: change nothing and report what would change.
 
     Returns:
@@ -109,7 +114,10 @@ def convert(
     if not replaced:
         reasons = "".join(f"\n  {layer.name}: {layer.reason}" for layer in left_alone)
         warnings.warn(f"convert: nothing in the model can be replaced for layers={layers!r}{reasons}", stacklevel=2)
-    return Conversion(replaced, left_alone, before, after, recipe if factory is None else None, dry_run)
+    conversion = Conversion(replaced, left_alone, before, after, recipe if factory is None else None, dry_run)
+    if not dry_run:
+        _pretrained.record(model, conversion)
+    return conversion
 
 
 @dataclass(frozen=True)

@@ -34,22 +34,20 @@ def test_a_layer_works_without_triton_and_the_optional_packages() -> None:
 def test_importing_the_package_imports_neither_kernels_nor_the_command_line() -> None:
     out = run(
         "import torch, sys\nbefore = set(sys.modules)\nimport mumoe_fast\nnew = set(sys.modules) - before\n"
-        "print([name for name in ('mumoe_fast.kernels.gate', 'typer', 'rich', 'entmax', 'fvcore') if name in new])"
+        "unwanted = ('mumoe_fast.kernels.gate', 'typer', 'rich', 'entmax', 'fvcore', 'transformers')\n"
+        "print([name for name in unwanted if name in new])"
     )
     assert out.strip() == "[]"
 
 
-def test_import_adds_under_half_a_second_to_torch() -> None:
-    # Processor time, and the least of three: the other tests keep the machine busy.
-    times = [
-        float(
-            run(
-                "import torch, time\nstart = time.process_time()\nimport mumoe_fast\nprint(time.process_time() - start)"
-            )
-        )
-        for _ in range(3)
-    ]
-    assert min(times) < 0.5, f"import mumoe_fast took {min(times):.2f} s beyond torch"
+def test_import_adds_little_to_torch() -> None:
+    # Processor time beside torch's own in the same process: other tests keep the machine busy, and it has slow phases.
+    code = (
+        "import time\nstart = time.process_time()\nimport torch\nbetween = time.process_time()\nimport mumoe_fast\n"
+        "print((time.process_time() - between) / (between - start))"
+    )
+    share = min(float(run(code)) for _ in range(3))
+    assert share < 0.4, f"import mumoe_fast took {share:.2f} times as long as torch"
 
 
 def test_import_contracts_hold() -> None:

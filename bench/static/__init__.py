@@ -1,7 +1,7 @@
 """Evidence without a GPU: compile every kernel for every architecture, read the binaries, count the bytes, judge.
 
     python -m mumoe_fast.bench static            # the whole grid
-    python -m mumoe_fast.bench static --quick    # the column that `make test` runs: sm_90, bfloat16
+    python -m mumoe_fast.bench static --quick    # one column: sm_90, bfloat16
 
 `bytes` defines what is counted, `rules` what must hold, `cases` what is checked, `launches` how many a layer takes.
 """

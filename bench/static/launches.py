@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from rich.table import Table
 
-from mumoe_fast.bench.static.report import markdown_table
+from mumoe_fast.bench.markdown import table as markdown_table
 from mumoe_fast.bench.step import FORWARD, STEP
 from mumoe_fast.bench.suite.implementations import IMPLEMENTATIONS, LABELS, Case
 from mumoe_fast.bench.suite.prediction import trace
@@ -56,4 +56,4 @@ def table() -> Table:
 
 def markdown() -> str:
     """For the README."""
-    return "\n".join([f"{TITLE}.", "", *markdown_table(("one input", *LABELS.values()), rows())]) + "\n"
+    return f"{TITLE}.\n\n{markdown_table(('one input', *LABELS.values()), rows())}"

@@ -11,6 +11,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
+from mumoe_fast.bench.markdown import table as markdown_table
 from mumoe_fast.bench.static.bytes import ARCHITECTURE, Traffic
 from mumoe_fast.bench.static.compile import Job, Result
 from mumoe_fast.bench.static.occupancy import ARCHITECTURES, occupancy, resident_blocks
@@ -212,24 +213,17 @@ def print_report(report: Report, console: Console) -> None:
     console.print(f"{kinds}, {len(report.violations)} violations")
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table's lines."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
 def markdown(report: Report, dtypes: Sequence[str] = ("bfloat16",)) -> str:
     """The same tables for the README, of the dtypes that matter there."""
     resources = [row.cells() for row in report.summary() if row.dtype in dtypes]
     lines = [
         f"Triton {triton.__version__}; for each kernel the worst over all sizes.",
         "",
-        *markdown_table(RESOURCE_COLUMNS, resources),
-        "",
+        markdown_table(RESOURCE_COLUMNS, resources),
         f"Bytes of one launch on few tiles, with the blocks of {ARCHITECTURE}.",
         "",
-        *markdown_table(BYTE_COLUMNS, _byte_cells(report.traffics)),
+        markdown_table(BYTE_COLUMNS, _byte_cells(report.traffics)),
     ]
     if reasons := _reasons(report.findings):
-        lines += ["", *(f"- {reason}" for reason in reasons)]
+        lines += [f"- {reason}" for reason in reasons]
     return "\n".join(lines) + "\n"

@@ -4,9 +4,10 @@
     mumoe bench --suite full          # everything, for a GPU or a patient CPU
     mumoe bench compare OLD NEW       # what moved between two runs
     mumoe bench paper                 # the paper's tables by this library's counts
+    mumoe bench training              # training steps and runs, dense beside μMoE
 
 `workloads` and `implementations` say what is compared, as data; `check` refuses what is wrong, `run` measures,
-`records` is what it writes, and `table` and `html` show it.
+`records` is what it writes, and `table`, `summary` and `html` show it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import typer
 
 from mumoe_fast.bench.paper import paper
+from mumoe_fast.bench.training import training
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +35,7 @@ bench = typer.Typer(invoke_without_command=True, help="Time μMoE layers beside 
 
 
 bench.command("paper")(paper)
+bench.add_typer(training, name="training")
 
 
 class SuiteName(StrEnum):
@@ -60,11 +63,11 @@ def run_suite(
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Of calls, for all sides of a comparison; as the suite says.")
     ] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where results.jsonl and report.html go.")] = Path(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Where results, summary and report go.")] = Path(
         "runs/bench"
     ),
 ) -> None:
-    """Check, time and weigh the implementations; write results.jsonl and report.html."""
+    """Check, time and weigh the implementations; write results.jsonl, summary.md and report.html."""
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
@@ -73,6 +76,7 @@ def run_suite(
     from mumoe_fast.bench.suite.implementations import cases
     from mumoe_fast.bench.suite.records import write_records
     from mumoe_fast.bench.suite.run import select
+    from mumoe_fast.bench.suite.summary import write_summary
     from mumoe_fast.bench.suite.table import show
 
     place = _device(device)
@@ -95,8 +99,10 @@ def run_suite(
         if not records:
             raise typer.Exit(INTERRUPTED) from None
     show(records, console)
+    write_summary(records, out / "summary.md")
     write_report(records, out / "report.html")
-    console.print(f"Written: {out / 'results.jsonl'}, {out / 'report.html'}", markup=False, highlight=False)
+    written = ", ".join(str(out / name) for name in ("results.jsonl", "summary.md", "report.html"))
+    console.print(f"Written: {written}", markup=False, highlight=False)
     if any(record.wrong for record in records):
         raise typer.Exit(1)
     if interrupted:

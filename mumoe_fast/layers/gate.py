@@ -175,9 +175,11 @@ class ExpertGate(nn.Module):
             )
             statistics.update(mean, var)
             return a
-        # With its statistics given, batch norm is a scale and a shift of the logits: fold them into the weight.
+        # With its statistics given, batch norm is a scale and a shift of the logits: fold them into the weight, in the
+        # weight's dtype, which under FSDP's mixed precision is not the statistics'.
         scale = torch.rsqrt(statistics.running_var + self.eps)
-        folded, bias = weight * scale.unsqueeze(1), -statistics.running_mean * scale
+        folded = (weight * scale.unsqueeze(1)).to(weight.dtype)
+        bias = (-statistics.running_mean * scale).to(weight.dtype)
         return gate(z, folded, bias, norm="none", alpha=alpha, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:

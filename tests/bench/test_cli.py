@@ -1,6 +1,7 @@
 """The command line: what it says of this machine, and that every command explains itself."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def test_info_says_what_auto_picks_and_why() -> None:
 @pytest.mark.parametrize("command", ["info", "demo", "static", "cpu", "verify", "bench"])
 def test_every_command_explains_itself(command: str) -> None:
     assert "Usage" in run(command, "--help")
+
+
+def test_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = CliRunner().invoke(app, ["demo", "--steps", "1"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "pip install 'mumoe-fast[examples]'" in result.output
+    assert "Traceback" not in result.output
 
 
 def test_the_readmes_example_runs() -> None:

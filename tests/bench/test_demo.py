@@ -12,18 +12,32 @@ import torch
 from rich.console import Console
 
 from mumoe_fast.bench import demo as demonstration
-from mumoe_fast.bench.demo import Demo, affordable_steps, resident_bytes, run, train_together, twin
+from mumoe_fast.bench.demo import (
+    Demo,
+    TextTrainer,
+    affordable_steps,
+    resident_bytes,
+    run,
+    start_training,
+    train_together,
+    twin,
+)
 from mumoe_fast.bench.demo_result import running_mean
-from mumoe_fast.examples.train_gpt import MLP, Corpus, ModelConfig, TrainConfig, Trainer, build_model
+from mumoe_fast.examples._tokens import Corpus
+from mumoe_fast.examples._training import TrainConfig, Trainer
+from mumoe_fast.examples.train_gpt import MLP, ModelConfig, TextTask, Tokens
+from mumoe_fast.ops.dispatch import obstacle
+
+pytest.importorskip("transformers")
 
 TINY = ModelConfig(experts=6, layers=1, heads=2, width=32, context=24)
-SHORT = TrainConfig(batch=4, learning_rate=1e-2, evaluate_windows=4)
+SHORT = TrainConfig(batch=4, learning_rate=1e-2)
 TEXT = b"".join(b"%d squared is %d; " % (i, i * i) for i in range(400))
 
 
-def trainer(mlp: MLP = "cp") -> Trainer:
+def trainer(mlp: MLP = "cp") -> TextTrainer:
     shape = replace(TINY, mlp=mlp, impl="reference")
-    return Trainer(build_model(shape, "cpu", 0), Corpus.from_bytes(TEXT), replace(SHORT, steps=4))
+    return start_training(shape, Corpus.from_bytes(TEXT), replace(SHORT, steps=4), torch.device("cpu"))
 
 
 def run_tiny(folder: Path, steps: int, impl: str = "reference", text: bytes = TEXT) -> tuple[Demo, str, str]:
@@ -71,8 +85,8 @@ def test_an_interrupt_ends_training_at_equal_steps_and_reports_them(
 ) -> None:
     update = Trainer.update
 
-    def update_and_interrupt(self: Trainer) -> float:
-        if self.done == 5 and self.model.config.mlp == "dense" and self.config.steps == 100:
+    def update_and_interrupt(self: TextTrainer) -> float:
+        if self.done == 5 and self.task.config.mlp == "dense" and self.config.steps == 100:
             signal.raise_signal(signal.SIGINT)
         return update(self)
 
@@ -89,16 +103,13 @@ def test_an_interrupt_ends_training_at_equal_steps_and_reports_them(
         assert "Training was stopped after 6 of 100 steps" in shown
 
 
-def test_the_kernels_row_is_measured_beside_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_row_is_measured_beside_the_references(tmp_path: Path) -> None:
     """With another implementation than the reference there are two μMoE rows, of one set of weights."""
-    if not torch.cuda.is_available():
-        pytest.importorskip("triton")
-    once = {"bursts": 2, "repeats": 1}  # the kernels may run in the interpreter
-    measure = demonstration.interleaved_seconds
-    monkeypatch.setattr(demonstration, "interleaved_seconds", lambda actions, **_: measure(actions, **once))
-    demo, printed, _ = run_tiny(tmp_path, steps=1, impl="triton", text=TEXT[:1000])
+    if (reason := obstacle("native", torch.device("cpu"), torch.float32)) is not None:
+        pytest.skip(reason)
+    demo, printed, _ = run_tiny(tmp_path, steps=1, impl="native", text=TEXT[:1000])
     _, reference, kernels = demo.rows
-    assert kernels.name == "μMoE, triton"
+    assert kernels.name == "μMoE, native"
     assert kernels.parameters == reference.parameters
     assert kernels.held_out == pytest.approx(reference.held_out, abs=1e-4)
     assert "the two losses differ by" in printed
@@ -106,14 +117,14 @@ def test_the_kernels_row_is_measured_beside_the_references(tmp_path: Path, monke
 
 def test_both_models_see_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[torch.Tensor]] = {"dense": [], "cp": []}
-    loss = Trainer.loss
+    batch = TextTask.batch
 
-    def spy(self: Trainer, x: torch.Tensor, y: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        if reduction == "mean":
-            seen[self.model.config.mlp].append(x)
-        return loss(self, x, y, reduction)
+    def spy(self: TextTask, samples: range) -> Tokens:
+        x, y = batch(self, samples)
+        seen[self.config.mlp].append(x)
+        return x, y
 
-    monkeypatch.setattr(Trainer, "loss", spy)
+    monkeypatch.setattr(TextTask, "batch", spy)
     train_together({"dense": trainer("dense"), "μMoE": trainer("cp")}, Console(file=io.StringIO()), Event())
     assert len(seen["dense"]) == len(seen["cp"]) == 4
     assert all(torch.equal(a, b) for a, b in zip(seen["dense"], seen["cp"], strict=True))

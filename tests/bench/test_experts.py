@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from mumoe_fast.bench.experts import collect_coefficients, cut_snippet, describe_expert, pick_experts
-from mumoe_fast.examples.train_gpt import Corpus, ModelConfig, build_model
+from mumoe_fast.examples._tokens import Corpus
+from mumoe_fast.examples.train_gpt import ModelConfig, build_model
+
+pytest.importorskip("transformers")
 
 TEXT = "".join(f"line {i} has the letter {chr(97 + i % 26)};\n" for i in range(40)).encode()
 
@@ -57,16 +60,16 @@ def test_characters_of_several_bytes_are_marked_whole() -> None:
 def test_collected_coefficients_are_the_gates_at_each_token() -> None:
     """Row t is the gate's output at byte t: it equals the layer's own coefficients on what the MLP receives."""
     model = build_model(ModelConfig(experts=6, impl="reference", layers=2, heads=2, width=32, context=16), "cpu", 0)
-    torch.nn.init.normal_(model.blocks[1].mlp.gate.weights[0])  # type: ignore[union-attr,index,arg-type]
+    torch.nn.init.normal_(model.transformer.h[1].mlp.gate.weights[0])  # type: ignore[union-attr,index,arg-type]
     windows, _ = Corpus.from_bytes(TEXT).held_out_windows(16)
     received = []
-    handle = model.blocks[1].mlp.register_forward_pre_hook(lambda mlp, x: received.append(x[0]))  # type: ignore[union-attr,operator]
+    handle = model.transformer.h[1].mlp.register_forward_pre_hook(lambda mlp, x: received.append(x[0]))  # type: ignore[union-attr,operator]
     collected = collect_coefficients(model, windows, layer=1, batch=3)
     handle.remove()
     assert collected.shape == (windows.numel(), 6)
     assert torch.allclose(collected.sum(-1), torch.ones(len(collected)))
-    expected = model.eval().blocks[1].mlp.coefficients(torch.cat(received))[0].flatten(0, 1)  # type: ignore[union-attr,operator]
+    expected = model.eval().transformer.h[1].mlp.coefficients(torch.cat(received))[0].flatten(0, 1)  # type: ignore[union-attr,operator]
     assert torch.allclose(collected, expected, atol=1e-6)
-    assert model.blocks[1].training is False
+    assert model.transformer.h[1].training is False
     with pytest.raises(ValueError, match="one expert gate, got 0 in block 0"):
         collect_coefficients(build_model(ModelConfig(mlp="dense", layers=1, width=32), "cpu", 0), windows, layer=0)

@@ -285,6 +285,7 @@ def test_bad_kernels_are_caught() -> None:
     }
 
 
+@pytest.mark.slow  # `make static` compiles this column and all others
 @pytest.mark.compile_only
 @pytest.mark.timeout(1200)  # a minute and a half on two idle cores
 def test_the_kernels_keep_the_rules_on_sm_90_in_bfloat16(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from mumoe_fast import MuMoEMLP
+from mumoe_fast.layers import ExpertGate
 from mumoe_fast.testing.acceptance import judge
 
 
@@ -36,3 +37,17 @@ def test_losses_agree_within_the_rule(norm: str, device: torch.device) -> None:
     assert truth[-1] < truth[0]
     verdict = judge("losses", kernels, eager, truth, truth, torch.float32)
     assert verdict.passed, str(verdict)
+
+
+def test_float32_statistics_go_with_bfloat16_weights() -> None:
+    """As under FSDP, whose mixed precision casts parameters and leaves buffers as they are."""
+    gate = ExpertGate(16, 5, norm="batch", impl="reference")
+    nn.init.normal_(gate.weights[0])
+    x = torch.randn(24, 16)
+    gate(x)
+    (expected,) = gate.eval()(x)
+    gate.weights[0].data = gate.weights[0].data.bfloat16()
+    (a,) = gate(x.bfloat16())
+    assert a.dtype == torch.bfloat16
+    assert gate.norms[0].running_var.dtype == torch.float32
+    torch.testing.assert_close(a.float(), expected, rtol=0, atol=0.05)
