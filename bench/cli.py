@@ -13,9 +13,10 @@ from rich.table import Table
 
 from mumoe_fast._version import __version__
 from mumoe_fast.bench import demo as demonstration
-from mumoe_fast.bench.cpu import cpu
+from mumoe_fast.bench.goals import on_cpu, on_gpu
 from mumoe_fast.bench.static import static
 from mumoe_fast.bench.suite import bench
+from mumoe_fast.bench.tune import command as tune
 from mumoe_fast.bench.verify import verify
 from mumoe_fast.examples._run import usage_errors
 from mumoe_fast.ops import dispatch, native_gemm
@@ -27,7 +28,9 @@ app = typer.Typer(
     help="Multilinear mixture-of-experts layers at the price of the dense layers they replace.",
 )
 app.command("static")(static)
-app.command("cpu")(cpu)
+app.command("cpu")(on_cpu)
+app.command("gpu")(on_gpu)
+app.command("tune")(tune)
 app.command("verify")(verify)
 app.add_typer(bench, name="bench")
 

@@ -66,7 +66,7 @@ def truth(
             else:
                 total[name], magnitude[name] = value.clone(), value.abs()
     exact = {name: torch.cat(values) for name, values in by_token.items() if values} | total
-    return exact, {name: torch.zeros(()) for name in by_token} | magnitude
+    return exact, {name: torch.zeros((), device=x.device) for name in by_token} | magnitude
 
 
 def action(module: nn.Module, x: Tensor, direction: str) -> Callable[[], object]:

@@ -93,7 +93,7 @@ def tucker_backward(
     for e, dA_e in enumerate(dA or ()):
         level = dA_e.to(z.dtype), coefficients[e], expert_factors[e]
         das[e], d_factors[e] = expert_mode_gradients(*level, needs_a, needs_experts)
-    d_in_bias = dB.sum(0, dtype=torch.float32).to(z.dtype) if dB is not None and needs_bias else None
+    d_in_bias = dB.sum(0) if dB is not None and needs_bias else None
     dz, d_in_factor = None, None
     if dB is not None and (needs_z or needs_in):
         dz, d_in_factor = input_mode_gradients(dB, z, in_factor, activation, needs_z, needs_in)

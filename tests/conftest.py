@@ -9,12 +9,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, and so before anything of ours is
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from mumoe_fast.kernels.configs import target_architecture
 from mumoe_fast.ops._native_library import available
+from tests.layouts import GPU_TILES, SMALL_TILES
 
 torch.set_num_threads(1)  # the test processes share the cores
 
@@ -36,6 +38,17 @@ def native_kernels(request: pytest.FixtureRequest) -> None:
     missing = available() if _is_native(request) else None
     if missing is not None:
         pytest.skip(missing)
+
+
+@pytest.fixture(params=(SMALL_TILES, GPU_TILES) if torch.cuda.is_available() else (SMALL_TILES,))
+def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The interpreter's tiles, whose every branch a few tokens reach; on a GPU then those that users' tensors get."""
+    if request.param != SMALL_TILES:
+        yield
+        return
+    # Backward in this thread: the choice of tiles is this context's.
+    with target_architecture("interpreter"), torch.autograd.set_multithreading_enabled(False):
+        yield
 
 
 @pytest.fixture(autouse=True)

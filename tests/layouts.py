@@ -1,12 +1,23 @@
-"""Ways to lay out the same tensors, and coefficients without zeros, for the tests of the kernels."""
+"""Ways to lay out tensors and where to put them, coefficients without zeros, and tiles, for tests of the kernels."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mumoe_fast.testing.problems_bilinear import BilinearProblem
+
+SMALL_TILES, GPU_TILES = "small tiles", "the GPU's tiles"
+Arguments = TypeVar("Arguments")
+
+
+def elsewhere(arguments: Arguments, device: torch.device) -> Arguments:
+    """Arguments of any structure on the device, each tensor a leaf with its strides and whether it wants a gradient."""
+    return tree_map_only(Tensor, lambda x: x.detach().to(device).requires_grad_(x.requires_grad), arguments)
 
 
 def transposed(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mumoe_fast import MuMoE, MuMoEMLP, MxD
 from mumoe_fast.ops.dispatch import obstacle
 
-IMPLS = ("reference", "native")
+GPU = torch.cuda.is_available()
+IMPLS = ("reference", "native", *(("triton",) if GPU else ()))  # the interpreter is slow
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "cp": partial(MuMoE, 12, 12, 5, rank=7),
     "cp mlp, batch norm": partial(MuMoEMLP, 12, 20, 12, (5, 3), rank=7, norm="batch"),
@@ -44,16 +45,21 @@ def build(name: str, impl: str) -> nn.Module:
     layer = LAYERS[name](impl=impl)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
-    return layer
+    return layer.cuda() if GPU and impl == "triton" else layer
+
+
+def normal(*size: int, like: nn.Module, generator: torch.Generator | None = None) -> Tensor:
+    """Random numbers where the layer is."""
+    return torch.randn(size, generator=generator).to(next(like.parameters()).device)
 
 
 def step(forward: Callable[[Tensor], Tensor], layer: nn.Module, T: int = 6) -> dict[str, Tensor]:
     """y and every gradient for T tokens and a gradient from above that depend on T alone."""
     generator = torch.Generator().manual_seed(T)
-    x = torch.randn(2, T, 12, generator=generator).requires_grad_()
+    x = normal(2, T, 12, like=layer, generator=generator).requires_grad_()
     layer.zero_grad()
     y = forward(x)
-    y.backward(torch.randn(y.shape, generator=generator).to(y.dtype))
+    y.backward(normal(*y.shape, like=layer, generator=generator).to(y.dtype))
     assert x.grad is not None
     gradients = {f"d{name}": p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "dx": x.grad, **gradients}
@@ -86,7 +92,7 @@ def test_batch_sizes_share_a_graph_forward_and_backward(name: str, impl: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_inductor_takes_the_graph(impl: str) -> None:
     """The default backend, which fuses the reference and calls the operators."""
     layer = build("cp mlp, batch norm", impl)
@@ -96,14 +102,20 @@ def test_inductor_takes_the_graph(impl: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(
-    ("impl", "dtype"), [("reference", torch.bfloat16), ("reference", torch.float16), ("auto", torch.bfloat16)]
+    ("impl", "dtype"),
+    [
+        ("reference", torch.bfloat16),
+        ("reference", torch.float16),
+        ("auto", torch.bfloat16),
+        *((("triton", torch.bfloat16), ("triton", torch.float16)) if GPU else ()),
+    ],
 )
 def test_autocast_keeps_gradients_in_float32(name: str, impl: str, dtype: torch.dtype) -> None:
     layer = build(name, impl)
     expected = step(layer, layer)
 
     def cast(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(x.device.type, dtype):
             return layer(x)
 
     actual = step(cast, layer)
@@ -186,11 +198,11 @@ def test_checkpointing_by_operator_saves_what_it_is_told_to(name: str) -> None:
 def test_an_exported_layer_computes_the_same_for_any_batch(name: str, impl: str, strict: bool, tmp_path: Path) -> None:
     layer = build(name, impl).eval()
     tokens = torch.export.Dim("tokens", min=2)
-    program = torch.export.export(layer, (torch.randn(6, 12),), dynamic_shapes=({0: tokens},), strict=strict)
+    program = torch.export.export(layer, (normal(6, 12, like=layer),), dynamic_shapes=({0: tokens},), strict=strict)
     torch.export.save(program, tmp_path / "layer.pt2")
     again = torch.export.load(tmp_path / "layer.pt2").module()
     for T in (6, 31):
-        x = torch.randn(T, 12)
+        x = normal(T, 12, like=layer)
         torch.testing.assert_close(again(x), layer(x))
 
 
@@ -198,7 +210,7 @@ def test_an_exported_layer_computes_the_same_for_any_batch(name: str, impl: str,
 def test_parameters_can_be_given(name: str, impl: str) -> None:
     layer = build(name, impl)
     given = {key: (2 * x).detach().requires_grad_() for key, x in layer.named_parameters()}
-    x = torch.randn(3, 12)
+    x = normal(3, 12, like=layer)
     y = torch.func.functional_call(layer, given, (x,))
     assert not torch.allclose(y, layer(x))
     gradients = torch.autograd.grad(y, list(given.values()), torch.randn_like(y))
@@ -211,7 +223,7 @@ def test_parameters_can_be_given(name: str, impl: str) -> None:
 def test_a_result_may_be_changed_in_place(name: str, impl: str) -> None:
     """FSDP2 loses its backward hook where a module returns a view and a residual is added to it in place."""
     layer = build(name, impl)
-    x, dy = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
+    x, dy = normal(2, 3, 12, like=layer), normal(2, 3, 12, like=layer)
     y = layer(x)
     assert not y._is_view()
     y += x
@@ -233,10 +245,10 @@ def test_safetensors_keep_every_tensor(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not GPU, reason="no GPU")
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "cp mlp, batch norm"])
 def test_a_training_step_is_captured_in_a_cuda_graph(name: str) -> None:
-    layer = build(name, "triton").cuda()
+    layer = build(name, "triton")
     x, dy = (torch.randn(64, 12, device="cuda") for _ in range(2))
     x.requires_grad_()
     graphed = torch.cuda.make_graphed_callables(layer, (x,))

@@ -2,7 +2,7 @@
 
 The cases are data in `mumoe_fast.testing.cases`; a new family or factorisation adds rows there and nothing here. What
 the native kernels have, they are tried on; of Triton's families only those without a file in tests/kernels are tried on
-all cases, since the interpreter is slow.
+all cases where there is no GPU, since the interpreter is slow.
 """
 
 import re
@@ -20,8 +20,8 @@ from mumoe_fast.testing.problems_layer import FACTORIZATIONS, layer_cases
 
 CPU = torch.device("cpu")
 CASES = cases()
+INTERPRETED = [case for case in CASES if case.quick or case.family in ("tr", "tt", "layer")]
 NATIVE = [case for case in CASES if case.obstacle("native", CPU) is None]
-TRITON = [case for case in CASES if case.quick or case.family in ("tr", "tt", "layer")]
 
 
 def slow_in_the_interpreter(case: Case) -> object:
@@ -30,7 +30,10 @@ def slow_in_the_interpreter(case: Case) -> object:
     return pytest.param(case, marks=pytest.mark.slow if slow and not case.quick else (), id=str(case))
 
 
-@pytest.mark.parametrize("case", [slow_in_the_interpreter(case) for case in TRITON])
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(
+    "case", CASES if torch.cuda.is_available() else [*map(slow_in_the_interpreter, INTERPRETED)], ids=str
+)
 def test_triton(case: Case, device: torch.device) -> None:
     assert_accepted(case.build(device).judge("triton"))
 

@@ -43,8 +43,7 @@ def solve(problem: BilinearProblem, needed: tuple[str, ...] | None = None) -> di
 
 
 def check(problem: BilinearProblem) -> None:
-    with target_architecture("interpreter"):
-        got = solve(problem)
+    got = solve(problem)
     assert all(x.dtype == problem.dtype for x in got.values())
     bilinear_expected(problem).accept(got)
 
@@ -124,9 +123,9 @@ def test_full_only_what_is_needed(needed: tuple[str, ...], activation: str, devi
 
 def test_tokens_in_turns(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     problem = tucker_problem(35, 6, 5, (4, 3), (2, 3, 17, 4), device=device)
-    at_once = solve(problem)
-    monkeypatch.setattr(bilinear, "_DV_BUFFER", 1)
     with target_architecture("interpreter"):
+        at_once = solve(problem)
+        monkeypatch.setattr(bilinear, "_DV_BUFFER", 1)
         assert bilinear._tokens_at_once(problem.inputs["z"], problem.inputs["core"].flatten(0, 1)) == 16
         in_turns = solve(problem)
     assert all(torch.equal(in_turns[name], at_once[name]) for name in at_once)
@@ -170,6 +169,7 @@ def test_twice_gives_the_same_bits_and_changes_no_argument(activation: str, devi
         assert torch.equal(problem.dy, before.dy)
 
 
+@pytest.mark.xdist_group("gigabytes")
 class TestFarApart:
     """Memory of gigabytes that stays untouched but for a few pages."""
 
@@ -178,13 +178,13 @@ class TestFarApart:
         """Not here: it would touch all of it."""
 
     @pytest.mark.parametrize("stride", [(2**31 + 16, 1), (1, 2**28 + 8)])
-    def test_offsets_past_2_to_the_31(self, stride: tuple[int, int]) -> None:
-        problem = full_problem(2, 17, 17, 17, activation="relu", dtype=torch.float16)
+    def test_offsets_past_2_to_the_31(self, stride: tuple[int, int], device: torch.device) -> None:
+        problem = full_problem(2, 17, 17, 17, activation="relu", dtype=torch.float16, device=device)
 
         def far(x: Tensor) -> Tensor:
             steps = (stride[0] // x.shape[1] * 2, *stride) if x.ndim == 3 else stride
             extent = sum((size - 1) * step for size, step in zip(x.shape, steps, strict=True)) + 1
-            return torch.empty(extent, dtype=x.dtype).as_strided(x.shape, steps).copy_(x)
+            return torch.empty(extent, dtype=x.dtype, device=device).as_strided(x.shape, steps).copy_(x)
 
         apart = replace(problem, inputs=problem.inputs | {name: far(problem.inputs[name]) for name in ("z", "a")})
         near, spread = solve(problem), solve(replace(apart, dy=far(problem.dy)))

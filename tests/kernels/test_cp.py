@@ -10,7 +10,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from mumoe_fast.kernels.configs import target_architecture
 from mumoe_fast.kernels.cp import CPNeeds, cp_backward, cp_forward
 from mumoe_fast.testing.problems_cp import CPProblem, cp_expected, cp_problem
 
@@ -67,8 +66,7 @@ def results(problem: CPProblem) -> dict[str, Tensor]:
 
 
 def check(problem: CPProblem) -> None:
-    with target_architecture("interpreter"):
-        got = results(problem)
+    got = results(problem)
     assert all(x.dtype == problem.dtype for x in got.values())
     cp_expected(problem).accept(got)
 
@@ -176,6 +174,7 @@ def test_twice_gives_the_same_bits_and_changes_no_argument(activation: str, devi
     assert torch.equal(problem.dy, before.dy)
 
 
+@pytest.mark.xdist_group("gigabytes")
 class TestFarApart:
     """Memory of gigabytes that stays untouched but for a few pages."""
 
@@ -184,12 +183,12 @@ class TestFarApart:
         """Not here: it would touch all of it."""
 
     @pytest.mark.parametrize("stride", [(2**31 + 16, 1), (1, 2**28 + 8)])
-    def test_offsets_past_2_to_the_31(self, stride: tuple[int, int]) -> None:
-        problem = cp_problem(2, 17, 17, (17,), 8, activation="relu", dtype=torch.float16)
+    def test_offsets_past_2_to_the_31(self, stride: tuple[int, int], device: torch.device) -> None:
+        problem = cp_problem(2, 17, 17, (17,), 8, activation="relu", dtype=torch.float16, device=device)
 
         def far(x: Tensor) -> Tensor:
             extent = sum((size - 1) * step for size, step in zip(x.shape, stride, strict=True)) + 1
-            return torch.empty(extent, dtype=x.dtype).as_strided(x.shape, stride).copy_(x)
+            return torch.empty(extent, dtype=x.dtype, device=device).as_strided(x.shape, stride).copy_(x)
 
         apart = replace(problem, z=far(problem.z), dy=far(problem.dy), coefficients=(far(problem.coefficients[0]),))
         near, spread = results(problem), results(apart)

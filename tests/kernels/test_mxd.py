@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 
 from mumoe_fast.kernels import mxd
 from mumoe_fast.kernels._common import record_launches
-from mumoe_fast.kernels.configs import target_architecture
 from mumoe_fast.kernels.mxd import MxDNeeds, mxd_backward, mxd_forward, topk_gate_backward, topk_gate_forward
 from mumoe_fast.kernels.support import gather_dot, gather_sum, segment_sum, segments
 from mumoe_fast.testing.problems_mxd import (
@@ -31,10 +30,9 @@ GATE_GRADIENTS = ("dz", "dweight", "dbias")
 
 
 def gate_results(problem: TopkProblem) -> tuple[dict[str, Tensor], Tensor]:
-    with target_architecture("interpreter"):
-        values, indices = topk_gate_forward(problem.z, problem.weight, problem.bias, problem.k)
-        needs = (True, True, problem.bias is not None)
-        gradients = topk_gate_backward(problem.dvalues, values, indices, problem.z, problem.weight, needs=needs)
+    values, indices = topk_gate_forward(problem.z, problem.weight, problem.bias, problem.k)
+    needs = (True, True, problem.bias is not None)
+    gradients = topk_gate_backward(problem.dvalues, values, indices, problem.z, problem.weight, needs=needs)
     named = dict(zip(GATE_GRADIENTS, gradients, strict=True))
     return {"values": values} | {name: x for name, x in named.items() if x is not None}, indices
 
@@ -52,14 +50,12 @@ def check_gate(problem: TopkProblem) -> None:
 
 def forward(problem: MxDProblem, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (problem.z, problem.values, problem.indices, problem.expert_factors, problem.out_factor)
-    with target_architecture("interpreter"):
-        return mxd_forward(*inputs, activation=problem.activation, save=save)
+    return mxd_forward(*inputs, activation=problem.activation, save=save)
 
 
 def backward(problem: MxDProblem, A: Tensor, B: Tensor, needs: MxDNeeds | None = None) -> dict[str, Tensor]:
     inputs = (problem.z, problem.values, problem.indices, problem.expert_factors, problem.out_factor)
-    with target_architecture("interpreter"):
-        gradients = mxd_backward(problem.dy, A, B, *inputs, activation=problem.activation, needs=needs or MxDNeeds())
+    gradients = mxd_backward(problem.dy, A, B, *inputs, activation=problem.activation, needs=needs or MxDNeeds())
     named = {f"d{name}": gradient for name, gradient in zip(problem.inputs, gradients, strict=True)}
     return {name: gradient for name, gradient in named.items() if gradient is not None}
 
@@ -78,46 +74,45 @@ def check(problem: MxDProblem) -> None:
 # --- a support --------------------------------------------------------------------------------------------------------
 
 
-def hand_computed() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def hand_computed(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values = torch.tensor([[2.0, 0.0], [1.0, -1.0], [0.5, 3.0]])
     indices = torch.tensor([[3, 1], [0, 3], [3, 0]])
     table = torch.tensor([[1.0, 2.0], [float("nan"), 7.0], [9.0, 9.0], [10.0, -4.0]])
     x = torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
-    return values, indices, table, x
+    return values.to(device), indices.to(device), table.to(device), x.to(device)
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
-def test_a_support_by_hand(index_dtype: torch.dtype) -> None:
-    values, indices, table, x = hand_computed()
+def test_a_support_by_hand(index_dtype: torch.dtype, device: torch.device) -> None:
+    values, indices, table, x = hand_computed(device)
     indices = indices.to(index_dtype)
-    with target_architecture("interpreter"):
-        total = gather_sum(values, indices, table)
-        dots = gather_dot(x, indices, table)
-        sums = segment_sum(values, segments(values, indices, 4), x, torch.float32)
-    assert torch.equal(total, torch.tensor([[20.0, -8.0], [-9.0, 6.0], [8.0, 4.0]]))
+    total = gather_sum(values, indices, table)
+    dots = gather_dot(x, indices, table)
+    sums = segment_sum(values, segments(values, indices, 4), x, torch.float32)
+    assert torch.equal(total.cpu(), torch.tensor([[20.0, -8.0], [-9.0, 6.0], [8.0, 4.0]]))
     assert dots[0].tolist()[0] == 6.0
     assert dots[0, 1].isnan()
-    assert torch.equal(dots[1:], torch.tensor([[2.0, 20.0], [-12.0, 6.0]]))
-    assert torch.equal(sums, torch.tensor([[2.0, 9.0], [0.0, 0.0], [0.0, 0.0], [0.0, 3.5]]))
+    assert torch.equal(dots[1:].cpu(), torch.tensor([[2.0, 20.0], [-12.0, 6.0]]))
+    assert torch.equal(sums.cpu(), torch.tensor([[2.0, 9.0], [0.0, 0.0], [0.0, 0.0], [0.0, 3.5]]))
 
 
-def test_pairs_are_sorted_by_expert_in_the_order_of_tokens_and_zeros_left_out() -> None:
-    values, indices, _, _ = hand_computed()
+def test_pairs_are_sorted_by_expert_in_the_order_of_tokens_and_zeros_left_out(device: torch.device) -> None:
+    values, indices, _, _ = hand_computed(device)
     order, bounds = segments(values, indices, 4)
     assert bounds.tolist() == [0, 2, 2, 2, 5]
     assert order[: bounds[-1]].tolist() == [2, 5, 0, 3, 4]
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("gigabytes")
 def test_a_row_more_than_32_bits_away(device: torch.device) -> None:
     """A table of 4 GiB, which the interpreter copies."""
     table = torch.zeros(2**27 + 2, 16, dtype=torch.float16, device=device)
     table[-1] = torch.arange(16)
     x = torch.ones(1, 16, dtype=torch.float16, device=device)
     indices = torch.full((1, 1), len(table) - 1, dtype=torch.int32, device=device)
-    with target_architecture("interpreter"):
-        assert torch.equal(gather_sum(x[:, :1], indices, table)[0], table[-1])
-        assert gather_dot(x, indices, table).item() == 120.0
+    assert torch.equal(gather_sum(x[:, :1], indices, table)[0], table[-1])
+    assert gather_dot(x, indices, table).item() == 120.0
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

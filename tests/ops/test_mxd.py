@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mumoe_fast import functional, reference
 from mumoe_fast.ops import mxd
+from tests.layouts import elsewhere
 
 T, I, H, O, N, K = 5, 12, 20, 18, 7, 3
 
@@ -50,20 +51,26 @@ def samples() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     }
 
 
+def sample(name: str, device: torch.device) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """An operator and arguments on the device."""
+    operator, arguments = samples()[name]
+    return operator, elsewhere(arguments, device)
+
+
 NAMES = list(samples())
 
 
 @pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name: str, impl: str) -> None:
-    operator, arguments = samples()[name]
+def test_opcheck(name: str, impl: str, device: torch.device) -> None:
+    operator, arguments = sample(name, device)
     torch.library.opcheck(operator, (*arguments, impl))
 
 
 @pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", ["gate", "mxd"])
-def test_double_backward_is_a_clear_error(name: str, impl: str) -> None:
-    operator, arguments = samples()[name]
+def test_double_backward_is_a_clear_error(name: str, impl: str, device: torch.device) -> None:
+    operator, arguments = sample(name, device)
     output = operator(*arguments, impl)[0]
     inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
     first = torch.autograd.grad(output, inputs, torch.randn_like(output).requires_grad_(), create_graph=True)
@@ -73,8 +80,8 @@ def test_double_backward_is_a_clear_error(name: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", ["gate", "mxd"])
-def test_each_gradient_alone_is_what_it_is_among_all(name: str, impl: str) -> None:
-    operator, arguments = samples()[name]
+def test_each_gradient_alone_is_what_it_is_among_all(name: str, impl: str, device: torch.device) -> None:
+    operator, arguments = sample(name, device)
     leaves = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.requires_grad]
     output = operator(*arguments, impl)[0]
     upstream = torch.randn_like(output)

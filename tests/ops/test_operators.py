@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mumoe_fast import MuMoE, MuMoEMLP, functional, rank
 from mumoe_fast.ops import batch_norm, cp, entmax, gate
+from tests.layouts import elsewhere
 
 T, I, O, N, R = 5, 20, 19, 6, 17
 
@@ -59,20 +60,26 @@ def samples() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     }
 
 
+def sample(name: str, device: torch.device) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """An operator and arguments on the device."""
+    operator, arguments = samples()[name]
+    return operator, elsewhere(arguments, device)
+
+
 NAMES = list(samples())
 
 
 @pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name: str, impl: str) -> None:
-    operator, arguments = samples()[name]
+def test_opcheck(name: str, impl: str, device: torch.device) -> None:
+    operator, arguments = sample(name, device)
     torch.library.opcheck(operator, (*arguments, impl))
 
 
 @pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", NAMES)
-def test_double_backward_is_a_clear_error(name: str, impl: str) -> None:
-    operator, arguments = samples()[name]
+def test_double_backward_is_a_clear_error(name: str, impl: str, device: torch.device) -> None:
+    operator, arguments = sample(name, device)
     output = operator(*arguments, impl)
     output = output[0] if isinstance(output, tuple) else output
     inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]

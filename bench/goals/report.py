@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mumoe_fast.bench.cpu.measure import Measurement, Outcome
-from mumoe_fast.bench.cpu.workloads import MEMORY, OURS
+from mumoe_fast.bench.goals.goal import SIZES
+from mumoe_fast.bench.goals.measure import Comparison, Measurement, Outcome
 from mumoe_fast.bench.report import quantity
 
 HEADERS = ("workload, against", "direction", "each", "ratio", "goal", "met")
@@ -18,35 +18,41 @@ MET = {True: "yes", False: "no", None: ""}
 LEGEND = (
     "Medians of calls in turns, on the same inputs and in random order, and their ratio; in brackets quartiles of the "
     "ratio turn by turn. forward: without gradients; forward+backward: gradients of the input and of every parameter; "
-    "peak memory: what one such step holds beyond parameters and input, in a process of its own; its matrix products "
-    "alone: linear layers of the sizes that ours multiplies, by torch's GEMM, without gate, experts or activation. ≥: "
-    "how many times faster; ≤: our share of their time or memory."
+    "CUDA graph: the same call captured and replayed; peak memory: what one such step holds beyond parameters and "
+    "input, on a CPU in a process of its own; its matrix products alone: linear layers of the sizes that ours "
+    "multiplies, by torch's GEMM, without gate, experts or activation. ≥: how many times faster; ≤: our share of their "
+    "time or memory, or seconds."
 )
 
 
-def dtype_name(outcome: Outcome) -> str:
-    """The workload's dtype without torch's prefix."""
-    return str(outcome.workload.dtype).removeprefix("torch.")
-
-
 def table_rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
-    """The table's rows of one outcome: our side, then every goal's peer."""
-    name, direction = f"{outcome.workload.name}, {dtype_name(outcome)}", outcome.direction
-    unit = "B" if direction == MEMORY else "s"
+    """The table's rows of one outcome: our side, then every goal, most of them beside a peer."""
+    workload, direction = outcome.workload, outcome.direction
+    name = f"{workload.name}, {workload.dtype_name}"
+    unit = "B" if direction in SIZES else "s"
     if outcome.refused is not None:
         yield name, direction, "refused", "", "", ""
         return
-    yield name, direction, quantity(outcome.measurements[OURS].quantile(0.5), unit), "", "", ""
+
+    def median(side: str) -> str:
+        return quantity(outcome.measurements[side].quantile(0.5), unit)
+
+    yield name, direction, median(workload.impl), "", "", ""
     compared = {comparison.goal: comparison for comparison in outcome.comparisons}
     for goal in outcome.goals:
-        peer = f"  {goal.peer}"
         if goal not in compared:
-            yield peer, "", "cannot run", "", str(goal), ""
-            continue
-        one = compared[goal]
-        theirs = quantity(outcome.measurements[goal.peer].quantile(0.5), unit)
-        spread = "" if direction == MEMORY else f" [{one.low:.3g}–{one.high:.3g}]"
-        yield peer, "", theirs, f"{one.ratio:.3g}×{spread}", str(goal), MET[one.met]
+            yield f"  {goal.peer}", "", "cannot run", "", str(goal), ""
+        elif goal.peer == workload.impl:
+            yield "  alone", "", "", "", str(goal), MET[compared[goal].met]
+        else:
+            figures = ratio(compared[goal], with_spread=direction not in SIZES)
+            yield f"  {goal.peer}", "", median(goal.peer), figures, str(goal), MET[compared[goal].met]
+
+
+def ratio(comparison: Comparison, with_spread: bool) -> str:
+    """The figure that the goal is about, with its quartiles where it has any."""
+    spread = f" [{comparison.low:.3g}–{comparison.high:.3g}]" if with_spread else ""
+    return comparison.goal.written(comparison.figure) + spread
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:
@@ -62,7 +68,7 @@ def show(outcomes: list[Outcome], console: Console) -> None:
     console.print(table)
     console.print(LEGEND, style="dim", highlight=False)
     for outcome in outcomes:
-        where = f"{outcome.workload.name}, {dtype_name(outcome)}, {outcome.direction}"
+        where = f"{outcome.workload.name}, {outcome.workload.dtype_name}, {outcome.direction}"
         if outcome.refused is not None:
             console.print(f"{where}: {outcome.refused}", style="bold red", markup=False, highlight=False)
         for peer, reason in (outcome.missing or {}).items():
@@ -74,18 +80,18 @@ def records(outcome: Outcome, facts: Mapping[str, str]) -> Iterator[dict[str, ob
     common: dict[str, object] = {
         "workload": outcome.workload.name,
         "direction": outcome.direction,
-        "dtype": dtype_name(outcome),
+        "dtype": outcome.workload.dtype_name,
         "gemm": outcome.gemm,
     }
     if outcome.refused is not None:
-        yield common | {"implementation": OURS, "refused": outcome.refused, **facts}
+        yield common | {"implementation": outcome.workload.impl, "refused": outcome.refused, **facts}
     for measurement in outcome.measurements.values():
         ours = {"error_of_allowance": max(v.of_allowance for v in outcome.verdicts), "goals": goals(outcome)}
         yield (
             common
             | {"implementation": measurement.implementation}
             | figures(measurement, outcome.direction)
-            | (ours if measurement.implementation == OURS else {})
+            | (ours if measurement.implementation == outcome.workload.impl else {})
             | dict(facts)
         )
     for peer, reason in (outcome.missing or {}).items():
@@ -94,8 +100,8 @@ def records(outcome: Outcome, facts: Mapping[str, str]) -> Iterator[dict[str, ob
 
 def figures(measurement: Measurement, direction: str) -> dict[str, object]:
     """Seconds a call, or bytes."""
-    if direction == MEMORY:
-        return {"peak_bytes": int(measurement.values[0])}
+    if direction in SIZES:
+        return {SIZES[direction]: int(measurement.values[0])}
     seconds = {f"p{round(q * 100)}": measurement.quantile(q) for q in (0.2, 0.5, 0.8)}
     return {**seconds, "minimum": min(measurement.values), "bursts": len(measurement.values), "unit": "s"}
 
@@ -106,7 +112,7 @@ def goals(outcome: Outcome) -> list[dict[str, object]]:
         {
             "peer": one.goal.peer,
             "goal": str(one.goal),
-            "ratio": one.ratio,
+            "ratio": one.figure,
             "quartiles": [one.low, one.high],
             "met": one.met,
         }

@@ -1,11 +1,13 @@
-"""The CPU table: its arithmetic, what it refuses to time, and one tiny workload through all of it."""
+"""The tables of goals: their arithmetic, what they refuse to time, and tiny workloads through all of it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from mumoe_fast.bench.cpu import cpu, matching
-from mumoe_fast.bench.cpu import workloads as table
-from mumoe_fast.bench.cpu.measure import (
+from mumoe_fast.bench.goals import cpu, gpu, matching, on_cpu, on_gpu, sides
+from mumoe_fast.bench.goals import measure as measuring
+from mumoe_fast.bench.goals.goal import MEMORY, PARAMETERS, REPLAY, Workload, at_most, faster, within
+from mumoe_fast.bench.goals.measure import (
     Measurement,
     Outcome,
     build,
@@ -25,23 +28,24 @@ from mumoe_fast.bench.cpu.measure import (
     measure,
     on_gemm,
 )
-from mumoe_fast.bench.cpu.report import json_lines, show, table_rows
-from mumoe_fast.bench.cpu.workloads import MEMORY, OURS, WORKLOADS, Workload, faster, within
+from mumoe_fast.bench.goals.report import json_lines, show, table_rows
 from mumoe_fast.bench.step import FORWARD, STEP, results, truth
 from mumoe_fast.layers import MuMoE
 from mumoe_fast.ops import native_gemm
 from mumoe_fast.ops.dispatch import NATIVE_READY
 
+OURS = cpu.OURS
+
 
 def tiny_layer() -> nn.Module:
-    return table.trained(MuMoE(12, 10, 8, rank=4, impl="reference"))
+    return sides.trained(MuMoE(12, 10, 8, rank=4, impl="reference"))
 
 
 def tiny_dense() -> nn.Module:
     return nn.Linear(12, 10)
 
 
-def absent() -> nn.Module:
+def absent(*_: object) -> nn.Module:
     raise ImportError("no such package")
 
 
@@ -65,6 +69,7 @@ TINY = Workload(
     "tiny",
     torch.float32,
     (6, 12),
+    OURS,
     tiny_layer,
     tiny_layer,
     {"dense": tiny_dense, "absent": absent},
@@ -75,10 +80,10 @@ TINY = Workload(
 def test_faster_and_within_read_the_same_times_the_other_way_round() -> None:
     ours, theirs = Measurement(OURS, (1.0, 2.0, 4.0)), Measurement("peer", (6.0, 6.0, 6.0))
     quick, share = compare(faster("peer", 3), ours, theirs), compare(within("peer", 0.3), ours, theirs)
-    assert quick.ratio == 3.0  # of the medians
+    assert quick.figure == 3.0  # of the medians
     assert (quick.low, quick.high) == (2.25, 4.5)  # quartiles of 1.5, 3 and 6
     assert quick.met
-    assert share.ratio == pytest.approx(1 / 3)
+    assert share.figure == pytest.approx(1 / 3)
     assert not share.met
     assert not compare(faster("peer", 3.01), ours, theirs).met
     assert compare(within("peer", 1 / 3), ours, theirs).met
@@ -92,11 +97,15 @@ def test_a_goal_of_one_gemm_is_not_asked_on_another() -> None:
     assert [goal.limit for goal in workload.asked(FORWARD, None)] == [2]
 
 
-def test_every_goal_names_a_peer() -> None:
-    for workload in WORKLOADS:
+@pytest.mark.parametrize("table", [cpu, gpu])
+def test_every_goal_names_a_peer(table: ModuleType) -> None:
+    names = [(workload.name, workload.dtype) for workload in table.WORKLOADS]
+    assert len(set(names)) == len(names)
+    for workload in table.WORKLOADS:
+        assert workload.impl == table.OURS
         for direction, goals in workload.goals.items():
-            assert direction in (FORWARD, STEP, MEMORY)
-            assert {goal.peer for goal in goals} <= workload.peers.keys(), workload.name
+            assert direction in (FORWARD, REPLAY, STEP, MEMORY, PARAMETERS)
+            assert {goal.peer for goal in goals} <= {workload.impl, *workload.peers}, workload.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -179,9 +188,9 @@ def test_the_pattern_chooses_directions() -> None:
 
 
 def test_the_command_writes_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(table, "WORKLOADS", [TINY])
+    monkeypatch.setattr(cpu, "WORKLOADS", [TINY])
     app = typer.Typer()
-    app.command()(cpu)
+    app.command()(on_cpu)
     path = tmp_path / "cpu.jsonl"
     result = CliRunner().invoke(app, ["--only", "backward", "--repeats", "1", "--json", str(path)])
     assert result.exit_code == 0, result.output
@@ -190,7 +199,7 @@ def test_the_command_writes_records(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert all(record["date"] and record["CPU"] and record["software"] for record in records)
     assert CliRunner().invoke(app, ["--only", "nothing"]).exit_code == 2
     assert CliRunner().invoke(app, ["--only", "("]).exit_code == 2
-    monkeypatch.setattr(table, "WORKLOADS", [replace(TINY, ours=absent)])
+    monkeypatch.setattr(cpu, "WORKLOADS", [replace(TINY, ours=absent)])
     assert CliRunner().invoke(app, ["--only", "backward"]).exit_code == 1
 
 
@@ -206,9 +215,131 @@ def test_the_gemm_is_put_back() -> None:
 def test_a_missing_peer_leaves_the_others_compared() -> None:
     sides = {OURS: Measurement(OURS, (1.0,)), "dense": Measurement("dense", (3.0,))}
     outcome = Outcome(TINY, FORWARD, None, TINY.goals[FORWARD], sides)
-    assert [comparison.ratio for comparison in outcome.comparisons] == [3.0]
+    assert [comparison.figure for comparison in outcome.comparisons] == [3.0]
     assert list(table_rows(outcome)) == [
         ("tiny, float32", FORWARD, "1 s", "", "", ""),
         ("  dense", "", "3 s", "3× [3–3]", "≥ 2×", "yes"),
         ("  absent", "", "cannot run", "", "≥ 2×", ""),
     ]
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+SMALL = gpu.Sizes(
+    classifier=(32, 24),
+    classifier_experts=4,
+    block=(16, 64),
+    block_experts=6,
+    block_tokens=24,
+    rows=((5, 20),),
+    final_rank=8,
+    final_experts=(40,),
+    final_tokens=9,
+    moe_experts=(8,),
+)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No torch.compile, no liger-kernel, and no process for each peak: they take seconds and are tested elsewhere."""
+    monkeypatch.setattr(gpu.LigerSparseMoE, "experts", absent)
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    monkeypatch.setattr(measuring, "in_fresh_process", lambda function, *arguments: function(*arguments))
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("workload", gpu.workloads(SMALL, "reference"), ids=lambda workload: workload.name)
+def test_the_gpus_table_in_small(workload: Workload) -> None:
+    outcomes = list(measure(workload, repeats=3, seconds=1))
+    assert [outcome.direction for outcome in outcomes] == list(workload.goals)
+    for outcome in outcomes:
+        if outcome.direction == REPLAY:
+            assert outcome.refused == "CUDA graphs need a GPU"
+            continue
+        assert outcome.refused is None
+        absent_here = {gpu.LIGER} if gpu.LIGER in workload.peers and outcome.direction != PARAMETERS else set()
+        assert (outcome.missing or {}).keys() == absent_here
+        wanted = {goal.peer for goal in outcome.goals} | {workload.impl}
+        assert outcome.measurements.keys() == wanted - absent_here
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_gpus_table_by_the_kernels(device: torch.device) -> None:
+    pytest.importorskip("triton")
+    for workload in matching("entmax|beside.*forward$", gpu.workloads(SMALL)):
+        for outcome in measure(workload, repeats=1, seconds=1, device=device):
+            assert outcome.refused is None or outcome.direction == REPLAY
+            assert outcome.verdicts
+            assert all(verdict.passed for verdict in outcome.verdicts)
+
+
+def test_a_goal_in_seconds_is_about_ours_alone() -> None:
+    goal = at_most(OURS, 15e-6)
+    workload = replace(TINY, goals={FORWARD: (goal,)})
+    for seconds, met in ((14e-6, "yes"), (16e-6, "no")):
+        measurement = Measurement(OURS, (seconds, seconds, 1.0))
+        outcome = Outcome(workload, FORWARD, None, (goal,), {OURS: measurement})
+        (comparison,) = outcome.comparisons
+        assert comparison.figure == seconds
+        ours, asked = table_rows(outcome)
+        assert ours[2] == f"{seconds * 1e6:.0f} µs"
+        assert asked == ("  alone", "", "", "", "≤ 15 µs", met)
+
+
+def test_a_call_on_several_inputs_is_on_each_and_replayed_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    recorded: list[object] = []
+    module = sides.Function(lambda x: x.sum() if seen.append(x.data_ptr()) is None else x)
+    monkeypatch.setattr(measuring, "captured", lambda act: recorded.append(act) or (lambda: "replayed"))
+    inputs = [torch.ones(2, 3) for _ in range(3)]
+    assert measuring._action(module, inputs, REPLAY)() == "replayed"
+    assert seen == [x.data_ptr() for x in inputs]
+    assert len(recorded) == 1
+    assert len(measuring._action(module, inputs, FORWARD)()) == 3  # type: ignore[arg-type]
+
+
+def test_the_time_of_several_inputs_is_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "wall_clock", lambda act, repeats: 8.0)
+    monkeypatch.setattr(measuring, "clock_of", lambda device: lambda act, repeats: 4.0)
+    goals = {FORWARD: (within("dense", None),)}
+    (by_device,) = measure(replace(TINY, goals=goals, inputs=4), repeats=3, seconds=1)
+    (by_host,) = measure(replace(TINY, goals=goals, host_clock=True), repeats=3, seconds=1)
+    assert by_device.measurements["dense"].values == (1.0, 1.0, 1.0)
+    assert by_host.measurements["dense"].values == (8.0, 8.0, 8.0)
+
+
+def test_what_fails_while_it_is_measured_ends_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    workload = replace(TINY, goals={FORWARD: TINY.goals[FORWARD]})
+    monkeypatch.setattr(measuring, "_action", out_of_memory)
+    (outcome,) = measure(workload, repeats=1, seconds=1)
+    assert outcome.refused == "cannot run: no memory"
+    monkeypatch.setattr(measuring, "truth", out_of_memory)
+    (outcome,) = measure(workload, repeats=1, seconds=1)
+    assert outcome.refused == "cannot be checked: no memory"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpus_table_needs_a_gpu() -> None:
+    app = typer.Typer()
+    app.command()(on_gpu)
+    result = CliRunner().invoke(app, ["--only", "entmax"])
+    assert result.exit_code == 2
+    assert "expected a GPU" in result.output
+
+
+def test_an_interrupted_table_shows_and_writes_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped(workload: Workload, **options: object) -> Iterator[Outcome]:
+        yield Outcome(TINY, FORWARD, None, (), {OURS: Measurement(OURS, (1.0,))}, (check(TINY)[0][0],))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "measure", stopped)
+    app, path = typer.Typer(), tmp_path / "cpu.jsonl"
+    app.command()(on_cpu)
+    result = CliRunner().invoke(app, ["--json", str(path)])
+    assert result.exit_code == 130
+    assert "Interrupted" in result.output
+    assert "tiny, float32" in result.output
+    assert len(path.read_text().splitlines()) == 1
