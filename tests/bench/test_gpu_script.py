@@ -132,6 +132,7 @@ def test_every_stage_has_a_rehearsal(machine: Path) -> None:
     assert outcomes(printed) == dict.fromkeys(stages, "passed")
 
 
+@pytest.mark.slow
 def test_the_rehearsal_for_real(machine: Path) -> None:
     status, printed, _ = run(machine, "--cpu", "verify", "gpu", PYTHON=sys.executable)
     assert status == 0, printed
