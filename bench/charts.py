@@ -130,8 +130,10 @@ def _draw(plots: Sequence[Plot]) -> str:
     names = {one.name for plot in plots for one in plot.series}
     categories = plots[0].y.categories
     width = WIDTH if len(plots) == 1 else WIDE
-    columns = max(1, min(len(names), width // (58 + 8 * max(map(len, names)))))
-    height = 20 * math.ceil(len(names) / columns) + (70 + ROW_HEIGHT * len(categories) if categories else HEIGHT)
+    fitting = max(1, width // (58 + 8 * max(map(len, names))))
+    rows = math.ceil(len(names) / fitting)
+    columns = math.ceil(len(names) / rows)  # no more than those rows need: it is filled column by column
+    height = 20 * rows + (70 + ROW_HEIGHT * len(categories) if categories else HEIGHT)
     with rc_context(_STYLE):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         handles = {}
