@@ -132,8 +132,8 @@ def page(demo: Demo) -> str:
             "Loss",
             html.card(chart(losses, title="Loss curves")),
             html.paragraph(
-                f"Training loss is a running mean; held-out loss is on {WINDOWS} windows spread over "
-                "the held-out text.",
+                "Training loss is a running mean, drawn from a twentieth of the steps on; held-out loss is on "
+                f"{WINDOWS} windows spread over the held-out text.",
                 "note",
             ),
         ),
@@ -157,11 +157,15 @@ def expert_card(expert: ExpertText) -> html.Markup:
 
 
 def loss_curves(run: Mapping[str, Sequence[Record]]) -> list[Series]:
-    """Smoothed training loss and held-out points of each model."""
+    """Smoothed training loss and held-out points of each model.
+
+    The first twentieth of the steps, in which the loss falls from that of a uniform guess, would squeeze all others.
+    """
     curves = []
     for colour, (name, records) in enumerate(run.items()):
         smooth = running_mean([record.loss for record in records])
-        train = [(float(record.step), value) for record, value in zip(records, smooth, strict=True)]
+        drawn = list(zip(records, smooth, strict=True))[len(records) // 20 :]
+        train = [(float(record.step), value) for record, value in drawn]
         points = [(float(record.step), record.figures["held_out"]) for record in records if record.figures]
         curves.append(Series(f"{name}, training", train, colour, "faint"))
         curves.append(Series(f"{name}, held out", points, colour, marker=0))

@@ -32,6 +32,7 @@ LEGEND = (
     "measured. Training loss: its running mean at the end. Held-out loss: nats per byte on all of the held-out text. "
     "tokens/s: the mean over the run, the models taking turns step by step."
 )
+CURVES = "Training loss is a running mean, drawn from a twentieth of the steps on."
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def page(losses: Losses, facts: Mapping[str, str]) -> str:
         html.paragraph(lead, "lead"),
         *([html.paragraph(losses.interruption, "warning")] if losses.interruption else []),
         html.section("Results", html.card(html.table(HEADERS, rows(losses))), html.paragraph(LEGEND, "note")),
-        html.section("Loss", html.card(chart(curves, title="Loss curves"))),
+        html.section("Loss", html.card(chart(curves, title="Loss curves")), html.paragraph(CURVES, "note")),
         html.section("Machine", html.card(html.definitions(list(facts.items())))),
     )
 
