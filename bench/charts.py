@@ -17,7 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
-from mumoe_fast.bench.report import SERIES_COLOURS, Markup, paragraph, quantity
+from mumoe_fast.bench.report import COLOURS, FONTS, SERIES_COLOURS, Markup, paragraph, quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,6 +93,16 @@ def chart(*plots: Plot, title: str) -> Markup:
 
 
 # Drawing
+
+
+def standalone(drawn: Markup) -> str | None:
+    """A chart as a file of its own, in the reader's light or dark colours; None where nothing was drawn."""
+    if not drawn.startswith("<svg"):
+        return None
+    style = f"<style>{COLOURS} svg {{ background: var(--card); {FONTS} }}</style>"
+    head, rest = drawn.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}'
+
 
 _PLACEHOLDERS = {  # a colour that matplotlib is given: the page's variable
     "#010101": "--ink",

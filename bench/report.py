@@ -22,15 +22,20 @@ def _variables(colours: Sequence[str]) -> str:
     return " ".join(f"--series{i}: {colour};" for i, colour in enumerate(colours))
 
 
+COLOURS = f"""
+:root {{ color-scheme: light dark; --ink: #1d2330; --soft: #5c6575; --line: #d9dde5; --page: #fbfbfc; --card: #ffffff;
+  --mark: #ffe2a8; {_variables(LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e9ef; --soft: #9aa4b5; --line: #333b49; --page: #14171d;
+  --card: #1b2028; --mark: #7a5410; {_variables(DARK)} }} }}
+"""
+FONTS = 'font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;'
 STYLE = (
-    """
-:root { color-scheme: light dark; --ink: #1d2330; --soft: #5c6575; --line: #d9dde5; --page: #fbfbfc; --card: #ffffff;
-  --mark: #ffe2a8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b5; --line: #333b49; --page: #14171d;
-  --card: #1b2028; --mark: #7a5410; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+    COLOURS
+    + f"""
+* {{ box-sizing: border-box; }}
+body {{ margin: 0; background: var(--page); color: var(--ink); line-height: 1.5; {FONTS} }}
+"""
+    + """
 main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .7rem; }
@@ -53,10 +58,6 @@ pre { margin: .35rem 0; font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Co
 mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: .05rem .1rem; font-weight: 700; }
 .weight { color: var(--soft); margin-right: .8rem; }
 .chart { display: block; width: 100%; height: auto; } .chart * { stroke-linejoin: round; }
-"""
-    + f"""
-:root {{ {_variables(LIGHT)} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
 """
 )
 

@@ -91,14 +91,15 @@ def losses(
         Path | None, typer.Option(exists=True, dir_okay=False, help="A text; without it CPython's own reference.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where losses.jsonl and report.html go.")] = Path(
-        "runs/losses"
-    ),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Where losses.jsonl, losses.svg and report.html go.")
+    ] = Path("runs/losses"),
 ) -> None:
     """Train small GPTs with dense, CP and TR MLPs side by side on real text; Ctrl-C keeps what was measured."""
     from rich.console import Console
 
-    from mumoe_fast.bench.training.runs import compare_losses, page, record, show
+    from mumoe_fast.bench.charts import standalone
+    from mumoe_fast.bench.training.runs import compare_losses, curves, page, record, show
 
     machine, console = facts(), Console()
     found = compare_losses(minutes=minutes, steps=steps, device=device, text=text, console=console)
@@ -107,4 +108,7 @@ def losses(
     lines = [json.dumps(record(run, found, machine), ensure_ascii=False) + "\n" for run in found.runs]
     (out / "losses.jsonl").write_text("".join(lines), encoding="utf-8")
     (out / "report.html").write_text(page(found, machine), encoding="utf-8")
-    console.print(f"Written: {out / 'losses.jsonl'}, {out / 'report.html'}", markup=False, highlight=False)
+    drawn = standalone(curves(found))
+    if drawn is not None:
+        (out / "losses.svg").write_text(drawn, encoding="utf-8")
+    console.print(f"Written: {', '.join(map(str, sorted(out.glob('*.*'))))}", markup=False, highlight=False)

@@ -19,6 +19,7 @@ from mumoe_fast.bench import report as html
 from mumoe_fast.bench.charts import Axis, Plot, chart
 from mumoe_fast.bench.demo import affordable_steps, start_training, train_together
 from mumoe_fast.bench.demo_result import loss_curves, running_mean
+from mumoe_fast.bench.report import Markup
 from mumoe_fast.examples._run import catch_interrupt
 from mumoe_fast.examples._tokens import Corpus
 from mumoe_fast.examples._training import Record, TrainConfig, count_parameters
@@ -152,6 +153,12 @@ def show(losses: Losses, console: Console) -> None:
     console.print(LEGEND, style="dim", highlight=False)
 
 
+def curves(losses: Losses) -> Markup:
+    """The losses over the steps."""
+    plot = Plot(loss_curves({run.name: run.records for run in losses.runs}), Axis("step"), Axis("nats per byte"))
+    return chart(plot, title="Loss curves")
+
+
 def page(losses: Losses, facts: Mapping[str, str]) -> str:
     """The table and the curves, as a page of HTML."""
     model, training = losses.runs[0].model, losses.training
@@ -160,13 +167,12 @@ def page(losses: Losses, facts: Mapping[str, str]) -> str:
         f"{model.experts} experts, trained side by side: {losses.done} steps of {training.batch} × {model.context} "
         f"bytes; {losses.text[0]:,} bytes of text to train on and {losses.text[1]:,} held out."
     )
-    curves = Plot(loss_curves({run.name: run.records for run in losses.runs}), Axis("step"), Axis("nats per byte"))
     return html.page(
         "Losses at equal steps",
         html.paragraph(lead, "lead"),
         *([html.paragraph(losses.interruption, "warning")] if losses.interruption else []),
         html.section("Results", html.card(html.table(HEADERS, rows(losses))), html.paragraph(LEGEND, "note")),
-        html.section("Loss", html.card(chart(curves, title="Loss curves")), html.paragraph(CURVES, "note")),
+        html.section("Loss", html.card(curves(losses)), html.paragraph(CURVES, "note")),
         html.section("Machine", html.card(html.definitions(list(facts.items())))),
     )
 

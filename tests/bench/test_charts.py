@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mumoe_fast.bench import charts
-from mumoe_fast.bench.charts import Axis, Plot, Series, chart
+from mumoe_fast.bench.charts import Axis, Plot, Series, chart, standalone
 from mumoe_fast.bench.report import SERIES_COLOURS, STYLE, page
 from tests.bench.test_report import Page, assert_self_contained
 
@@ -111,3 +111,15 @@ def test_without_matplotlib_the_page_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
     drawn = chart(Plot([Series("a", [(0, 1)], 0)], Axis("x"), Axis("y")), title="a")
     assert "pip install matplotlib" in drawn
+
+
+def test_a_file_of_its_own_has_the_pages_colours() -> None:
+    drawn = chart(Plot([Series("a", [(1.0, 2.0), (2.0, 3.0)], 0)], Axis("x"), Axis("y")), title="one")
+    alone = standalone(drawn)
+    assert alone is not None
+    root = ElementTree.fromstring(alone)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    used = set(re.findall(r"var\((--\w+)\)", alone))
+    assert {"--line", "--series0"} <= used
+    assert all(f"{name}: #" in alone for name in used)
+    assert standalone(chart(title="nothing")) is None
