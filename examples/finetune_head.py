@@ -26,6 +26,7 @@ from mumoe_fast.examples._checkpoints import OtherRunError
 from mumoe_fast.examples._classification import CHUNK, Classification, Dataset
 from mumoe_fast.examples._features import Gabor, Pretrained, extract, from_file
 from mumoe_fast.examples._images import load
+from mumoe_fast.examples._options import Device
 from mumoe_fast.examples._processes import default_device
 from mumoe_fast.examples._run import fit, overridden, usage_errors
 from mumoe_fast.examples._training import TrainConfig, Trainer, count_parameters
@@ -222,7 +223,7 @@ def main(
     batch: Annotated[int | None, typer.Option(min=1, help="Images per step; 256, the paper's 4,096.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest; 0.003, the paper's 0.00003.")] = None,
     seed: int = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; without it, a GPU if there is one.")] = None,
+    device: Device = None,
     out: Annotated[
         Path | None, typer.Option(help="A folder of runs, one for each head, from which they go on.")
     ] = None,

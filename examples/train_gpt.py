@@ -23,11 +23,22 @@ from torch import Tensor, nn
 
 import mumoe_fast
 from mumoe_fast.examples._checkpoints import OtherRunError, newest_checkpoint, read_model, read_settings
-from mumoe_fast.examples._processes import Strategy, join_processes
+from mumoe_fast.examples._options import (
+    Accumulate,
+    CheckpointEvery,
+    Device,
+    EvaluateEvery,
+    LearningRate,
+    Out,
+    Parallel,
+    PrecisionOption,
+    TensorParallel,
+)
+from mumoe_fast.examples._processes import join_processes
 from mumoe_fast.examples._run import fit, overridden, usage_errors
 from mumoe_fast.examples._tokens import Corpus
 from mumoe_fast.examples._tokens import prepare as prepare_tokens
-from mumoe_fast.examples._training import Precision, TrainConfig, Trainer, count_parameters
+from mumoe_fast.examples._training import TrainConfig, Trainer, count_parameters
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -204,23 +215,18 @@ def train(
     context: int | None = None,
     steps: int | None = None,
     batch: Annotated[int | None, typer.Option(help="Samples of a step, over all processes and micro-batches.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Micro-batches that a step is computed in.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest.")] = None,
+    accumulate: Accumulate = None,
+    learning_rate: LearningRate = None,
     warmup: Annotated[float | None, typer.Option(help="As a share of the steps.")] = None,
     weight_decay: float | None = None,
-    precision: Annotated[Precision | None, typer.Option(help="auto: bfloat16 on a GPU that has it.")] = None,
+    precision: PrecisionOption = None,
     seed: int | None = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations on held-out text.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (with --out).")] = None,
-    parallel: Annotated[
-        Strategy, typer.Option(help="Under torchrun: ddp copies the model, fsdp shards it over the samples' processes.")
-    ] = "auto",
-    tensor_parallel: Annotated[int, typer.Option(help="Processes that share the rank of every expert layer.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; without it, a GPU if there is one.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The run's folder: checkpoints and log. A run that was stopped there goes on by itself."),
-    ] = None,
+    evaluate_every: EvaluateEvery = None,
+    checkpoint_every: CheckpointEvery = None,
+    parallel: Parallel = "auto",
+    tensor_parallel: TensorParallel = 1,
+    device: Device = None,
+    out: Out = None,
 ) -> None:
     """Train. Ctrl-C stops after the step in progress, and keeps it where there is --out."""
     console = Console()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -21,9 +20,20 @@ from mumoe_fast.examples._checkpoints import OtherRunError
 from mumoe_fast.examples._classification import Augmentation, Classification
 from mumoe_fast.examples._images import load
 from mumoe_fast.examples._mixer import Kind, MixerConfig, MLPs, build
-from mumoe_fast.examples._processes import Strategy, join_processes
+from mumoe_fast.examples._options import (
+    Accumulate,
+    CheckpointEvery,
+    Device,
+    EvaluateEvery,
+    LearningRate,
+    Out,
+    Parallel,
+    PrecisionOption,
+    TensorParallel,
+)
+from mumoe_fast.examples._processes import join_processes
 from mumoe_fast.examples._run import fit, overridden, usage_errors
-from mumoe_fast.examples._training import Precision, TrainConfig, Trainer, count_parameters
+from mumoe_fast.examples._training import TrainConfig, Trainer, count_parameters
 
 EPOCH = 1_281_167 / 4096  # of ImageNet1k, in the paper's batches
 Size = Literal["tiny", "S/16"]
@@ -95,23 +105,18 @@ def main(
     impl: Annotated[str | None, typer.Option(help="auto, or an implementation by name (μMoE).")] = None,
     steps: int | None = None,
     batch: Annotated[int | None, typer.Option(help="Images of a step, over all processes and micro-batches.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Micro-batches that a step is computed in.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest.")] = None,
+    accumulate: Accumulate = None,
+    learning_rate: LearningRate = None,
     shift: Annotated[int | None, typer.Option(help="Images are moved by up to so many pixels.")] = None,
     mixup: Annotated[float | None, typer.Option(help="Images are mixed in shares of Beta(mixup, mixup).")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="auto: bfloat16 on a GPU that has it.")] = None,
+    precision: PrecisionOption = None,
     seed: int | None = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations on held-out images.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (with --out).")] = None,
-    parallel: Annotated[
-        Strategy, typer.Option(help="Under torchrun: ddp copies the model, fsdp shards it over the images' processes.")
-    ] = "auto",
-    tensor_parallel: Annotated[int, typer.Option(help="Processes that share the rank of every expert layer.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; without it, a GPU if there is one.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The run's folder: checkpoints and log. A run that was stopped there goes on by itself."),
-    ] = None,
+    evaluate_every: EvaluateEvery = None,
+    checkpoint_every: CheckpointEvery = None,
+    parallel: Parallel = "auto",
+    tensor_parallel: TensorParallel = 1,
+    device: Device = None,
+    out: Out = None,
 ) -> None:
     """Train an MLP-Mixer to classify images, with dense or μMoE MLPs of the same size.
 

@@ -43,7 +43,7 @@ def tr_problem(
     I: int,
     O: int,
     N: tuple[int, ...],
-    ranks: tuple[int, ...],
+    R: tuple[int, ...],
     *,
     share: float = 0.25,
     bias: bool = True,
@@ -60,12 +60,12 @@ def tr_problem(
         return a / a.sum(-1, keepdim=True)
 
     E = len(N)
-    inputs = {"z": torch.randn(T, I), "in_core": torch.randn(*ranks[E:], I)}
-    inputs["out_core"] = torch.randn(O, ranks[0], ranks[-1])
+    inputs = {"z": torch.randn(T, I), "in_core": torch.randn(*R[E:], I)}
+    inputs["out_core"] = torch.randn(O, R[0], R[-1])
     for e, n in enumerate(N):
-        inputs |= {f"a_{e}": coefficients(n), f"U_{e}": torch.randn(n, ranks[e], ranks[e + 1])}
+        inputs |= {f"a_{e}": coefficients(n), f"U_{e}": torch.randn(n, R[e], R[e + 1])}
     if bias:
-        inputs["in_bias"] = torch.randn(ranks[E:])
+        inputs["in_bias"] = torch.randn(R[E:])
     return TRProblem(inputs, torch.randn(T, O), activation).map(lambda x: x.to(device, dtype))
 
 

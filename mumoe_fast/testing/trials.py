@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
 
 from mumoe_fast import functional
 from mumoe_fast.reference import Norm
 from mumoe_fast.testing.acceptance import Verdict
-from mumoe_fast.testing.problems_bilinear import bilinear_expected, full_problem, tucker_problem
-from mumoe_fast.testing.problems_cp import cp_expected, cp_problem
+from mumoe_fast.testing.problems_bilinear import BilinearProblem, bilinear_expected, full_problem, tucker_problem
+from mumoe_fast.testing.problems_cp import CPProblem, cp_expected, cp_problem
 from mumoe_fast.testing.problems_gate import (
     Expected,
     Tensors,
@@ -25,7 +27,7 @@ from mumoe_fast.testing.problems_gate import (
 )
 from mumoe_fast.testing.problems_layer import LayerCase, layer_expected
 from mumoe_fast.testing.problems_mxd import mxd_expected, mxd_problem, topk_expected, topk_problem
-from mumoe_fast.testing.problems_tr import tr_expected, tr_problem
+from mumoe_fast.testing.problems_tr import TRProblem, tr_expected, tr_problem
 
 
 @dataclass(frozen=True)
@@ -134,97 +136,68 @@ def gate(
     return Trial(inputs, {"a": da}, compute, expected)
 
 
-def cp(
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    T: int,
-    I: int,
-    O: int,
-    N: tuple[int, ...],
-    R: int,
-    share: float = 0.25,
-    bias: bool = True,
-    activation: str = "none",
+def _of_experts(
+    problem: CPProblem | TRProblem | BilinearProblem,
+    inputs: Tensors,
+    function: Callable[..., Tensor],
+    arguments: Callable[[Tensors], Sequence[Any]],
+    expected: Callable[[], Expected],
 ) -> Trial:
-    """CP experts, `share` of whose coefficients are nonzero."""
-    problem = cp_problem(T, I, O, N, R, share=share, bias=bias, activation=activation, dtype=dtype, device=device)
+    """Experts by one of the public functions, which takes what `arguments` picks of the inputs, in its order."""
+    activation = _activation(problem.activation)
 
     def compute(impl: str, x: Tensors) -> Tensors:
-        a, factors = ([x[f"{letter}_{e}"] for e in range(len(N))] for letter in ("a", "U"))
-        shared = x["in_factor"], x["out_factor"], x.get("in_bias")
-        return {"y": functional.cp_experts(x["z"], a, factors, *shared, activation=_activation(activation), impl=impl)}
+        return {"y": function(*arguments(x), activation=activation, impl=impl)}
 
-    return Trial(problem.inputs(), {"y": problem.dy}, compute, lambda: cp_expected(problem))
+    return Trial(inputs, {"y": problem.dy}, compute, expected)
 
 
-def tensor_ring(
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    T: int,
-    I: int,
-    O: int,
-    N: tuple[int, ...],
-    R: tuple[int, ...],
-    share: float = 0.25,
-    bias: bool = True,
-    activation: str = "none",
-) -> Trial:
-    """Tensor-ring experts with the ranks R_1 … R_{E+2}."""
-    problem = tr_problem(T, I, O, N, R, share=share, bias=bias, activation=activation, dtype=dtype, device=device)
-
-    def compute(impl: str, x: Tensors) -> Tensors:
-        a, cores = ([x[f"{letter}_{e}"] for e in range(len(N))] for letter in ("a", "U"))
-        shared = x["in_core"], x["out_core"], x.get("in_bias")
-        return {"y": functional.tr_experts(x["z"], a, cores, *shared, activation=_activation(activation), impl=impl)}
-
-    return Trial(problem.inputs, {"y": problem.dy}, compute, lambda: tr_expected(problem))
+def _levels(x: Tensors, letter: str) -> list[Tensor]:
+    """The coefficients ("a") or the expert factors and cores ("U"), one per hierarchy level."""
+    return [value for name, value in x.items() if name.startswith(f"{letter}_")]
 
 
-def tucker(
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    T: int,
-    I: int,
-    O: int,
-    N: tuple[int, ...],
-    R: tuple[int, ...],
-    bias: bool = True,
-    activation: str = "none",
-) -> Trial:
-    """Tucker experts with the ranks R_1 … R_E, R_I, R_O."""
-    problem = tucker_problem(T, I, O, N, R, bias=bias, activation=activation, dtype=dtype, device=device)
+def cp(dtype: torch.dtype, device: torch.device, **sizes: Any) -> Trial:
+    """CP experts; `sizes` are `cp_problem`'s."""
+    problem = cp_problem(**sizes, dtype=dtype, device=device)
 
-    def compute(impl: str, x: Tensors) -> Tensors:
-        a, factors = ([x[f"{letter}_{e}"] for e in range(len(N))] for letter in ("a", "U"))
+    def arguments(x: Tensors) -> Sequence[Any]:
+        return x["z"], _levels(x, "a"), _levels(x, "U"), x["in_factor"], x["out_factor"], x.get("in_bias")
+
+    return _of_experts(problem, problem.inputs(), functional.cp_experts, arguments, partial(cp_expected, problem))
+
+
+def tensor_ring(dtype: torch.dtype, device: torch.device, **sizes: Any) -> Trial:
+    """Tensor-ring experts; `sizes` are `tr_problem`'s."""
+    problem = tr_problem(**sizes, dtype=dtype, device=device)
+
+    def arguments(x: Tensors) -> Sequence[Any]:
+        return x["z"], _levels(x, "a"), _levels(x, "U"), x["in_core"], x["out_core"], x.get("in_bias")
+
+    return _of_experts(problem, problem.inputs, functional.tr_experts, arguments, partial(tr_expected, problem))
+
+
+def tucker(dtype: torch.dtype, device: torch.device, **sizes: Any) -> Trial:
+    """Tucker experts; `sizes` are `tucker_problem`'s."""
+    problem = tucker_problem(**sizes, dtype=dtype, device=device)
+
+    def arguments(x: Tensors) -> Sequence[Any]:
         shared = x["in_factor"], x["core"], x["out_factor"], x.get("in_bias")
-        act = _activation(activation)
-        return {"y": functional.tucker_experts(x["z"], a, factors, *shared, activation=act, impl=impl)}
+        return x["z"], _levels(x, "a"), _levels(x, "U"), *shared
 
-    return Trial(problem.inputs, {"y": problem.dy}, compute, lambda: bilinear_expected(problem))
+    return _of_experts(
+        problem, problem.inputs, functional.tucker_experts, arguments, lambda: bilinear_expected(problem)
+    )
 
 
-def full(
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    T: int,
-    I: int,
-    O: int,
-    N: int,
-    bias: bool = True,
-    activation: str = "none",
-) -> Trial:
-    """Unfactorised experts on joint coefficients."""
-    problem = full_problem(T, I, O, N, bias=bias, activation=activation, dtype=dtype, device=device)
+def full(dtype: torch.dtype, device: torch.device, **sizes: Any) -> Trial:
+    """Unfactorised experts on joint coefficients; `sizes` are `full_problem`'s."""
+    problem = full_problem(**sizes, dtype=dtype, device=device)
 
-    def compute(impl: str, x: Tensors) -> Tensors:
-        arguments = x["z"], [x["a"]], x["weight"], x.get("bias")
-        return {"y": functional.full_experts(*arguments, activation=_activation(activation), impl=impl)}
+    def arguments(x: Tensors) -> Sequence[Any]:
+        return x["z"], [x["a"]], x["weight"], x.get("bias")
 
-    return Trial(problem.inputs, {"y": problem.dy}, compute, lambda: bilinear_expected(problem))
+    return _of_experts(problem, problem.inputs, functional.full_experts, arguments, partial(bilinear_expected, problem))
 
 
 def topk(
