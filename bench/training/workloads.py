@@ -1,7 +1,8 @@
 """What is trained side by side, as data: GPT-2 with dense MLPs and with μMoE MLPs, natively and by the reference.
 
 Hugging Face's model at its configuration's defaults, 124M parameters, but without dropout, as the paper's Table 7 has
-it. Every μMoE model of one variant has the same parameters, whichever implementation runs it.
+it, and with GELU in one kernel, without which the dense model would be a weak peer. Every μMoE model of one variant has
+the same parameters, whichever implementation runs it.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def build(side: Side, shape: Shape, dtype: torch.dtype) -> GPT2LMHeadModel:
         n_embd=shape.width,
         vocab_size=shape.vocabulary,
         n_positions=shape.context,
+        activation_function="gelu_pytorch_tanh",  # as gelu_new, which is GPT-2's, but one kernel in place of eight
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         resid_pdrop=0.0,
