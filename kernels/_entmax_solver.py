@@ -27,6 +27,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from mumoe_fast.kernels._common import INTERPRET
+
 MAX_STEPS: tl.constexpr = tl.constexpr(64)  # bisection alone needs 40 for its 2⁻²⁰ of the smallest threshold
 TOLERANCE: tl.constexpr = tl.constexpr(2.0**-20)
 
@@ -59,19 +61,30 @@ def _log1p(x):
 
 
 @triton.jit
+def shifted(x, top, FAMILY: tl.constexpr):
+    """x minus its row's maximum, as `coefficients` takes it: times β for the families that have a τ.
+
+    The product by a half is exact, and leaves one fused operation for each entry.
+    """
+    if FAMILY == "entmax15":
+        return 0.5 * x - 0.5 * top[:, None]
+    else:
+        return x - top[:, None]
+
+
+@triton.jit
 def coefficients(x, t, beta, FAMILY: tl.constexpr):
-    """a and g = a^{2−α} at the thresholds t, both zero off the support; x is −inf where there is no column."""
+    """a and g = a^{2−α} at the thresholds t, both zero off the support, of `shifted` x, −inf where there is no column."""
     t = t[:, None]
     if FAMILY == "softmax":
         a = tl.exp(x) / t
         return a, a
     elif FAMILY == "entmax15":
-        base = 0.5 * x - t
-        g = tl.where(base > 0.0, base, 0.0)
+        g = tl.maximum(x - t, 0.0)
         return g * g, g
     elif FAMILY == "sparsemax":
         base = x - t
-        return tl.where(base > 0.0, base, 0.0), tl.where(base > 0.0, 1.0, 0.0)  # 0⁰ is 1: the mask, not the power
+        return tl.maximum(base, 0.0), tl.where(base > 0.0, 1.0, 0.0)  # 0⁰ is 1: the mask, not the power
     else:
         offset = beta * (x - t)
         inside = offset > -1.0
@@ -81,27 +94,105 @@ def coefficients(x, t, beta, FAMILY: tl.constexpr):
 
 
 @triton.jit
-def totals(x, t, beta, FAMILY: tl.constexpr):
-    """What a step needs of a tile, by rows: Σ a, Σ g and the size of the support."""
+def summands(x, t, beta, FAMILY: tl.constexpr):
+    """What a step needs of every entry, for `totals` to add up: a, g and 1 on the support.
+
+    Only α = 1.5 asks for the last; the others repeat g, which costs nothing.
+    """
     a, g = coefficients(x, t, beta, FAMILY)
-    return tl.sum(a, axis=1), tl.sum(g, axis=1), tl.sum(tl.where(g > 0.0, 1.0, 0.0), axis=1)
+    if FAMILY == "entmax15":
+        return a, g, tl.where(g > 0.0, 1.0, 0.0)
+    else:
+        return a, g, g
 
 
 @triton.jit
-def start(x, solver):
-    """The solver's state before the first step: every row's threshold, its bracket, and 1 while it moves."""
-    low = tl.zeros((x.shape[0],), tl.float32) + solver[0]
-    return low, low, tl.zeros((x.shape[0],), tl.float32) + solver[1], tl.full((x.shape[0],), 1, tl.int32)
+def _add_two(a, g, other_a, other_g):
+    return a + other_a, g + other_g
 
 
 @triton.jit
-def advance(t, low, high, moving, total, slope, support, beta, FAMILY: tl.constexpr):
-    """One step of every row that still moves: its threshold, bracket, and whether it goes on.
+def _add_three(a, g, inside, other_a, other_g, other_inside):
+    return a + other_a, g + other_g, inside + other_inside
+
+
+@triton.jit
+def totals(a, g, inside):
+    """Three tiles' sums by rows, in one reduction: warps that share a row meet once and not three times."""
+    if INTERPRET:  # which would add up entry by entry, in Python
+        return tl.sum(a, axis=1), tl.sum(g, axis=1), tl.sum(inside, axis=1)
+    else:
+        return tl.reduce((a, g, inside), 1, _add_three)
+
+
+@triton.jit
+def _sum_and_max(total, top, other_total, other_top):
+    return total + other_total, tl.maximum(top, other_top)
+
+
+@triton.jit
+def poison_and_top(zeros, maxima):
+    """By rows: the sum of the entries times 0, NaN where one was NaN or ±inf, which a maximum would lose; the maximum."""
+    if INTERPRET:
+        return tl.sum(zeros, axis=1), tl.max(maxima, axis=1)
+    else:
+        return tl.reduce((zeros, maxima), 1, _sum_and_max)
+
+
+@triton.jit
+def _newton_step(total, slope, beta, FAMILY: tl.constexpr):
+    """From t to the root of the tangent to S^β, S (1 − S^{−β})/(β Σ g): S^β is convex, and none overshoots its root."""
+    if FAMILY == "entmax15":
+        root = tl.sqrt(total)
+        return root * (root - 1.0) / slope
+    elif FAMILY == "sparsemax":
+        return (total - 1.0) / slope
+    else:
+        # S (1 − S^{−β})/β as S log S · (1 − e^{−q})/q, whose last factor has a series where q is small
+        log_total = _log1p(total - 1.0)
+        q = beta * log_total
+        large = tl.where(q > 0.1, q, 1.0)
+        shrink = tl.where(q > 0.1, (1.0 - tl.exp(-large)) / large, 1.0 - q * (0.5 - q * (1.0 / 6.0 - q / 24.0)))
+        return total * log_total * shrink / slope
+
+
+@triton.jit
+def guess(maxima, solver, STEPS: tl.constexpr, FAMILY: tl.constexpr):
+    """A first threshold for every row, from the left end by some Newton steps on `shifted` maxima of parts of the row.
+
+    The coefficients of some entries alone sum to less than all, so their threshold is a lower bound; it is near the
+    row's own where few entries of the support share a part. No step overshoots, so none needs a bracket.
+    """
+    t = tl.zeros((maxima.shape[0],), tl.float32) + solver[0]
+    for _ in tl.static_range(STEPS):
+        a, g = coefficients(maxima, t, solver[2], FAMILY)
+        if INTERPRET:
+            total, slope = tl.sum(a, axis=1), tl.sum(g, axis=1)
+        else:
+            total, slope = tl.reduce((a, g), 1, _add_two)
+        t += _newton_step(total, slope, solver[2], FAMILY)
+    return t
+
+
+@triton.jit
+def start(poison, solver, N):
+    """The solver's state beside the threshold: its bracket, a bound on the support in it, and 1 while a row moves.
+
+    A poisoned row never does.
+    """
+    zeros = tl.zeros(poison.shape, tl.float32)
+    return zeros + solver[0], zeros + solver[1], zeros + N, tl.where(poison == 0.0, 1, 0)
+
+
+@triton.jit
+def advance(t, low, high, most, moving, total, slope, support, beta, FAMILY: tl.constexpr):
+    """One step of every row that still moves: its threshold, bracket, bound on the support, and whether it goes on.
 
     A row that has converged rests while others go on, so that its result does not depend on its neighbours.
     """
     excess = total - 1.0
     low = tl.where(excess >= 0.0, t, low)
+    most = tl.where(excess >= 0.0, support, most)  # supports shrink to the right
     high = tl.where(excess <= 0.0, t, high)
     legal = slope > 0.0
     slope = tl.where(legal, slope, 1.0)
@@ -109,48 +200,59 @@ def advance(t, low, high, moving, total, slope, support, beta, FAMILY: tl.conste
         discriminant = slope * slope - support * excess
         legal = legal & (discriminant >= 0.0)
         step = excess / (slope + tl.sqrt(tl.where(legal, discriminant, 0.0)))
-        scale = tl.abs(t)
-    elif FAMILY == "sparsemax":
-        step = excess / slope
-        scale = tl.abs(t)
     else:
-        # S (1 − S^{−β})/β as S log S · (1 − e^{−q})/q, whose last factor has a series where q is small
-        log_total = _log1p(excess)
-        q = beta * log_total
-        large = tl.where(q > 0.1, q, 1.0)
-        shrink = tl.where(q > 0.1, (1.0 - tl.exp(-large)) / large, 1.0 - q * (0.5 - q * (1.0 / 6.0 - q / 24.0)))
-        step = total * log_total * shrink / slope
-        scale = tl.where(t > 1.0, t, 1.0)
+        step = _newton_step(total, slope, beta, FAMILY)
+    scale = tl.where(t > 1.0, t, 1.0) if FAMILY == "entmax" else tl.abs(t)
     candidate = t + step
     legal = legal & (candidate >= low) & (candidate <= high)
     candidate = tl.where(legal, candidate, 0.5 * (low + high))
-    moved = tl.abs(candidate - t) > TOLERANCE * scale
-    return tl.where(moving > 0, candidate, t), low, high, tl.where(moved, moving, 0)
+    size = tl.abs(candidate - t)
+    moved = size > TOLERANCE * scale
+    if FAMILY == "entmax15":
+        # What enters or leaves the support between t and the root adds at most size² an entry to S, whose slope there
+        # is at least 2: the next step would be smaller than this.
+        moved = moved & ((most * size * size > 2.0 * TOLERANCE * scale) | (legal == 0))
+    return tl.where(moving > 0, candidate, t), low, high, most, tl.where(moved, moving, 0)
 
 
 @triton.jit
-def solve(x, solver, FAMILY: tl.constexpr):
-    """The threshold of every row of a tile x ≤ 0, −inf where there is no column."""
-    if FAMILY == "softmax":
-        return tl.sum(tl.exp(x), axis=1)
-    else:
-        t, low, high, moving = start(x, solver)
-        steps_left = tl.full((), MAX_STEPS, tl.int32)
-        while steps_left > 0:
-            total, slope, support = totals(x, t, solver[2], FAMILY)
-            t, low, high, moving = advance(t, low, high, moving, total, slope, support, solver[2], FAMILY)
-            steps_left = (steps_left - 1) * tl.max(moving, axis=0)
-        return t
+def solve(x, t, poison, solver, FAMILY: tl.constexpr):
+    """The threshold of every row of a `shifted` tile, −inf where there is no column, from a first guess t."""
+    low, high, most, moving = start(poison, solver, x.shape[1])
+    steps_left = tl.full((), MAX_STEPS, tl.int32)
+    while steps_left > 0:
+        a, g, inside = summands(x, t, solver[2], FAMILY)
+        total, slope, support = totals(a, g, inside)
+        t, low, high, most, moving = advance(t, low, high, most, moving, total, slope, support, solver[2], FAMILY)
+        steps_left = (steps_left - 1) * tl.max(moving, axis=0)
+    return t
 
 
 @triton.jit
-def entmax_tile(x, mask_n, solver, FAMILY: tl.constexpr):
-    """α-entmax of whole rows in registers; x is zero where mask_n is not, and a row with NaN or ±inf comes out NaN."""
-    poison = tl.sum(x * 0.0, axis=1)  # 0, or NaN, which tl.max and comparisons would lose
-    x = tl.where((poison == 0.0)[:, None], x, 0.0)  # and which must not keep the solver going
+def _by_chunk(x, CHUNKS: tl.constexpr):
+    return tl.reshape(x, (x.shape[0], CHUNKS, x.shape[1] // CHUNKS))
+
+
+@triton.jit
+def entmax_tile(x, mask_n, solver, FAMILY: tl.constexpr, CHUNKS: tl.constexpr = 1, GUESSES: tl.constexpr = 0):
+    """α-entmax of whole rows in registers; x is zero where mask_n is not, and a row with NaN or ±inf comes out NaN.
+
+    With CHUNKS, so many steps of `guess` start from the maxima of the row's chunks, entry by entry: two or three
+    cheap steps leave two over all entries, of the four or more that it takes from the left end.
+    """
+    zeros = x * 0.0
     x = tl.where(mask_n[None, :], x, float("-inf"))
-    x -= tl.max(x, axis=1)[:, None]
-    a, _ = coefficients(x, solve(x, solver, FAMILY), solver[2], FAMILY)
+    maxima = x
+    if CHUNKS > 1:
+        zeros, maxima = tl.sum(_by_chunk(zeros, CHUNKS), axis=1), tl.max(_by_chunk(x, CHUNKS), axis=1)
+    poison, top = poison_and_top(zeros, maxima)
+    x = shifted(x, top, FAMILY)
+    if FAMILY == "softmax":
+        t = tl.sum(tl.exp(x), axis=1)
+    else:
+        t = guess(shifted(maxima, top, FAMILY), solver, GUESSES, FAMILY)
+        t = solve(x, t, poison, solver, FAMILY)
+    a, _ = coefficients(x, t, solver[2], FAMILY)
     return a + poison[:, None]
 
 

@@ -234,8 +234,13 @@ def core_gradient_config(device: torch.device, dtype: torch.dtype, wide: bool) -
 # the last class of `_ROWS` is read in chunks of `_MULTI_PASS`, a gate wider than the last of its classes is not fused.
 
 
-def _rows(block_t: int, block_n: int, num_warps: int) -> Config:
-    return Config({"BLOCK_T": block_t, "BLOCK_N": block_n}, num_warps, num_stages=1)
+def _rows(block_t: int, block_n: int, num_warps: int, chunks: int, guesses: int) -> Config:
+    blocks = {"BLOCK_T": block_t, "BLOCK_N": block_n, "CHUNKS": chunks, "GUESSES": guesses}
+    return Config(blocks, num_warps, num_stages=1)
+
+
+def _long_rows(block_n: int, num_warps: int) -> Config:
+    return Config({"BLOCK_T": 1, "BLOCK_N": block_n, "GUESSES": 4}, num_warps, num_stages=1)
 
 
 def _gate(block_t: int, block_n: int, block_i: int, num_warps: int, num_stages: int) -> Config:
@@ -243,21 +248,25 @@ def _gate(block_t: int, block_n: int, block_i: int, num_warps: int, num_stages: 
 
 
 _GPU_ROWS = (
-    _rows(64, 16, 4),
-    _rows(32, 32, 4),
-    _rows(32, 64, 4),
-    _rows(16, 128, 4),
-    _rows(8, 256, 4),
-    _rows(4, 512, 4),
-    _rows(2, 1024, 4),
-    _rows(1, 2048, 4),
-    _rows(1, 4096, 8),
-    _rows(1, 8192, 16),
-    _rows(1, 16384, 16),
+    _rows(64, 16, 1, 2, 0),
+    _rows(32, 32, 1, 2, 0),
+    _rows(16, 64, 1, 4, 2),
+    _rows(8, 128, 1, 4, 2),
+    _rows(4, 256, 1, 4, 2),
+    _rows(2, 512, 1, 4, 2),
+    _rows(1, 1024, 1, 4, 3),
+    _rows(1, 2048, 1, 8, 3),
+    _rows(1, 4096, 2, 8, 4),
+    _rows(1, 8192, 4, 8, 4),
+    _rows(1, 16384, 8, 8, 4),
 )
 _GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")
-_ROWS = {"interpreter": (_rows(4, 16, 1), _rows(2, 64, 1)), **dict.fromkeys(_GPUS, _GPU_ROWS)}
-_MULTI_PASS = {"interpreter": _rows(2, 32, 1), **dict.fromkeys(_GPUS, _rows(1, 4096, 16)), "gfx942": _rows(1, 4096, 8)}
+_ROWS = {"interpreter": (_rows(4, 16, 1, 2, 0), _rows(2, 64, 1, 4, 2)), **dict.fromkeys(_GPUS, _GPU_ROWS)}
+_MULTI_PASS = {
+    "interpreter": Config({"BLOCK_T": 2, "BLOCK_N": 32, "GUESSES": 2}, 1, 1),
+    **dict.fromkeys(_GPUS, _long_rows(4096, 16)),
+    "gfx942": _long_rows(4096, 8),
+}
 
 _SMALL_GATE = (_gate(16, 16, 16, 1, 1), _gate(16, 32, 16, 1, 1))
 _NARROW_GATE = (_gate(64, 16, 64, 4, 3), _gate(64, 32, 64, 4, 3), _gate(64, 64, 64, 4, 3), _gate(64, 128, 64, 4, 3))

@@ -33,12 +33,16 @@ from mumoe_fast.kernels._entmax_solver import (
     entmax_gradient_tile,
     entmax_tile,
     family,
+    guess,
     layer_norm_gradient_tile,
     layer_norm_tile,
     merge_moments,
+    poison_and_top,
     power_of_coefficients,
+    shifted,
     solver_arguments,
     start,
+    summands,
     totals,
     weighted_mean,
 )
@@ -67,6 +71,34 @@ def _normalised(source, offs_t, offs_n, mask_t, mask_n, mean, rstd, NORM: tl.con
 
 
 @triton.jit
+def _row_offsets(T, N, CHUNKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows, columns and mask of a tile of whole rows as (CHUNKS, BLOCK_T, BLOCK_N / CHUNKS).
+
+    The compiler hands the last dimension to neighbouring threads, 16 bytes each, then the rows, and what is left, the
+    chunks, stays in a thread's registers. So a row belongs to few threads: its sums take few exchanges between them,
+    and what happens once a row happens for more rows at a time.
+    """
+    offs_t = offsets(tl.program_id(0), BLOCK_T)[None, :, None]
+    chunks, columns = tl.arange(0, CHUNKS)[:, None, None], tl.arange(0, BLOCK_N // CHUNKS)[None, None, :]
+    offs_n = chunks.to(tl.int64) * (BLOCK_N // CHUNKS) + columns
+    return offs_t, offs_n, (offs_t < T) & (offs_n < N)
+
+
+@triton.jit
+def _load_rows(x, offs_t, offs_n, mask):
+    """The float32 tile (BLOCK_T, BLOCK_N) of a matrix at `_row_offsets`, zero where masked."""
+    tile = tl.permute(load(x[0] + distance(x, offs_t, offs_n), mask), (1, 0, 2))
+    return tl.reshape(tile, (tile.shape[0], tile.shape[1] * tile.shape[2]))
+
+
+@triton.jit
+def _store_rows(ptr, x, offs_t, offs_n, mask, N):
+    """Store a tile (BLOCK_T, BLOCK_N) at `_row_offsets` of a contiguous matrix."""
+    tile = tl.reshape(x, (mask.shape[1], mask.shape[0], mask.shape[2]))
+    store(ptr + offs_t * N + offs_n, tl.permute(tile, (1, 0, 2)), mask)
+
+
+@triton.jit
 def _rows_kernel(
     s,
     mean_ptr,
@@ -79,20 +111,27 @@ def _rows_kernel(
     NORM: tl.constexpr,
     FAMILY: tl.constexpr,
     LEARNED: tl.constexpr,
+    FULL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GUESSES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    source = s, mean_ptr, rstd_ptr
+    if FULL:
+        N = BLOCK_N  # and every mask of columns is known to hold
     if LEARNED:
         solver = tl.load(solver), tl.load(solver + 1), tl.load(solver + 2)
-    offs_t, offs_n = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
-    mask_t, mask_n = offs_t < T, offs_n < N
+    offs_t, offs_n, mask = _row_offsets(T, N, CHUNKS, BLOCK_T, BLOCK_N)
+    mask_n = tl.arange(0, BLOCK_N) < N
+    x = _load_rows(s, offs_t, offs_n, mask)
     if NORM == "layer":
-        x, _ = layer_norm_tile(_load_tile(source[0], offs_t, offs_n, mask_t, mask_n), mask_n, N, eps)
-    else:
-        x = _normalised(source, offs_t, offs_n, mask_t, mask_n, None, None, NORM)
-    a = entmax_tile(x, mask_n, solver, FAMILY)
-    store(a_ptr + offs_t[:, None] * N + offs_n[None, :], a, mask_t[:, None] & mask_n[None, :])
+        x, _ = layer_norm_tile(x, mask_n, N, eps)
+    elif NORM == "batch":
+        x = (x - _load_rows((mean_ptr, 0, 1, 1, 1), offs_t, offs_n, mask)) * _load_rows(
+            (rstd_ptr, 0, 1, 1, 1), offs_t, offs_n, mask
+        )
+    a = entmax_tile(x, mask_n, solver, FAMILY, CHUNKS, GUESSES)
+    _store_rows(a_ptr, a, offs_t, offs_n, mask, N)
 
 
 @triton.jit
@@ -110,22 +149,25 @@ def _rows_backward_kernel(
     NORM: tl.constexpr,
     FAMILY: tl.constexpr,
     LEARNED: tl.constexpr,
+    FULL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GUESSES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    source = s, mean_ptr, rstd_ptr
+    if FULL:
+        N = BLOCK_N
     if LEARNED:
         beta = tl.load(beta)
-    offs_t, offs_n = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
-    mask_t, mask_n = offs_t < T, offs_n < N
-    da_tile, a_tile = _load_tile(da, offs_t, offs_n, mask_t, mask_n), _load_tile(a, offs_t, offs_n, mask_t, mask_n)
+    offs_t, offs_n, mask = _row_offsets(T, N, CHUNKS, BLOCK_T, BLOCK_N)
+    da_tile, a_tile = _load_rows(da, offs_t, offs_n, mask), _load_rows(a, offs_t, offs_n, mask)
     ds = entmax_gradient_tile(da_tile, a_tile, beta, FAMILY)
     if NORM == "layer":
-        x, rstd = layer_norm_tile(_load_tile(source[0], offs_t, offs_n, mask_t, mask_n), mask_n, N, eps)
+        x, rstd = layer_norm_tile(_load_rows(s, offs_t, offs_n, mask), tl.arange(0, BLOCK_N) < N, N, eps)
         ds = layer_norm_gradient_tile(ds, x, rstd, N)
     elif NORM == "batch":
-        ds *= load(source[2] + offs_n, mask_n)[None, :]
-    store(ds_ptr + offs_t[:, None] * N + offs_n[None, :], ds, mask_t[:, None] & mask_n[None, :])
+        ds *= _load_rows((rstd_ptr, 0, 1, 1, 1), offs_t, offs_n, mask)
+    _store_rows(ds_ptr, ds, offs_t, offs_n, mask, N)
 
 
 @triton.jit
@@ -143,10 +185,9 @@ def _row_moments(s, offs_t, mask_t, N, eps, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _shifted(source, offs_t, offs_n, mask_t, mask_n, mean, rstd, top, NORM: tl.constexpr):
-    """x minus its row's maximum, −inf where there is no column; flat where that is NaN, for the solver to end."""
-    x = _normalised(source, offs_t, offs_n, mask_t, mask_n, mean, rstd, NORM)
-    x = tl.where((top == top)[:, None], x - top[:, None], 0.0)
+def _shifted(source, offs_t, offs_n, mask_t, mask_n, mean, rstd, top, NORM: tl.constexpr, FAMILY: tl.constexpr):
+    """The tile that the solver works on: `shifted` x, −inf where there is no column."""
+    x = shifted(_normalised(source, offs_t, offs_n, mask_t, mask_n, mean, rstd, NORM), top, FAMILY)
     return tl.where(mask_n[None, :], x, float("-inf"))
 
 
@@ -163,6 +204,7 @@ def _rows_multi_pass_kernel(
     NORM: tl.constexpr,
     FAMILY: tl.constexpr,
     LEARNED: tl.constexpr,
+    GUESSES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -176,34 +218,40 @@ def _rows_multi_pass_kernel(
     if NORM == "layer":
         mean, rstd = _row_moments(source[0], offs_t, mask_t, N, eps, BLOCK_N)
 
-    top, poison = zeros + float("-inf"), zeros
+    # As in `entmax_tile`, every thread keeps the maxima of what it reads, and they are solved first.
+    tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    tainted, maxima = tile, tile + float("-inf")
     for n in range(0, N, BLOCK_N):
         mask_n = n + columns < N
         x = _normalised(source, offs_t, n + columns, mask_t, mask_n, mean, rstd, NORM)
-        top = tl.maximum(top, tl.max(tl.where(mask_n[None, :], x, float("-inf")), axis=1))
-        poison += tl.sum(x * 0.0, axis=1)
-    top += poison
+        tainted += x * 0.0
+        maxima = tl.maximum(maxima, tl.where(mask_n[None, :], x, float("-inf")))
+    poison, top = poison_and_top(tainted, maxima)
 
     if FAMILY == "softmax":
-        t = zeros
+        total = tile
         for n in range(0, N, BLOCK_N):
-            x = _shifted(source, offs_t, n + columns, mask_t, n + columns < N, mean, rstd, top, NORM)
-            t += tl.sum(tl.exp(x), axis=1)
+            total += tl.exp(
+                _shifted(source, offs_t, n + columns, mask_t, n + columns < N, mean, rstd, top, NORM, FAMILY)
+            )
+        t = tl.sum(total, axis=1)
     else:
-        t, low, high, moving = start(zeros, solver)
+        t = guess(shifted(maxima, top, FAMILY), solver, GUESSES, FAMILY)
+        low, high, most, moving = start(poison, solver, N)
         steps_left = tl.full((), MAX_STEPS, tl.int32)
         while steps_left > 0:
-            total, slope, support = zeros, zeros, zeros
+            a, g, inside = tile, tile, tile
             for n in range(0, N, BLOCK_N):
-                x = _shifted(source, offs_t, n + columns, mask_t, n + columns < N, mean, rstd, top, NORM)
-                in_chunk = totals(x, t, solver[2], FAMILY)
-                total, slope, support = total + in_chunk[0], slope + in_chunk[1], support + in_chunk[2]
-            t, low, high, moving = advance(t, low, high, moving, total, slope, support, solver[2], FAMILY)
+                x = _shifted(source, offs_t, n + columns, mask_t, n + columns < N, mean, rstd, top, NORM, FAMILY)
+                in_chunk = summands(x, t, solver[2], FAMILY)
+                a, g, inside = a + in_chunk[0], g + in_chunk[1], inside + in_chunk[2]
+            total, slope, support = totals(a, g, inside)
+            t, low, high, most, moving = advance(t, low, high, most, moving, total, slope, support, solver[2], FAMILY)
             steps_left = (steps_left - 1) * tl.max(moving, axis=0)
 
     for n in range(0, N, BLOCK_N):
         offs_n = n + columns
-        x = _shifted(source, offs_t, offs_n, mask_t, offs_n < N, mean, rstd, top, NORM)
+        x = _shifted(source, offs_t, offs_n, mask_t, offs_n < N, mean, rstd, top, NORM, FAMILY)
         a, _ = coefficients(x, t, solver[2], FAMILY)
         mask = mask_t[:, None] & (offs_n < N)[None, :]
         store(a_ptr + offs_t[:, None] * N + offs_n[None, :], a + poison[:, None], mask)
@@ -231,6 +279,7 @@ def _rows_backward_multi_pass_kernel(
     NORM: tl.constexpr,
     FAMILY: tl.constexpr,
     LEARNED: tl.constexpr,
+    GUESSES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -328,7 +377,10 @@ def _launch_rows(kernels: tuple[Any, Any], rows: Tensor, **arguments: Any) -> No
     T, N = rows.shape
     config, in_registers = entmax_rows_config(rows.device, N)
     grid = (triton.cdiv(T, config.blocks["BLOCK_T"]) if N else 0,)
-    launch(kernels[0] if in_registers else kernels[1], grid, config, rows.device, T=T, N=N, **arguments)
+    if in_registers:
+        launch(kernels[0], grid, config, rows.device, T=T, N=N, FULL=N == config.blocks["BLOCK_N"], **arguments)
+    else:
+        launch(kernels[1], grid, config, rows.device, T=T, N=N, **arguments)
 
 
 def entmax_forward(x: Tensor, alpha: float) -> Tensor:
