@@ -97,18 +97,30 @@ def coefficients(x, t, beta, FAMILY: tl.constexpr):
 def summands(x, t, beta, FAMILY: tl.constexpr):
     """What a step needs of every entry, for `totals` to add up: a, g and 1 on the support.
 
-    Only α = 1.5 asks for the last; the others repeat g, which costs nothing.
+    Only α = 1.5 asks for the last; the others repeat g, which costs nothing. It is a sign bit: comparisons, which the
+    compiler adds up by other means, took twice as many instructions.
     """
-    a, g = coefficients(x, t, beta, FAMILY)
     if FAMILY == "entmax15":
-        return a, g, tl.where(g > 0.0, 1.0, 0.0)
+        below = t[:, None] - x
+        g = tl.maximum(-below, 0.0)
+        return g * g, g, below.to(tl.uint32, bitcast=True) >> 31
     else:
+        a, g = coefficients(x, t, beta, FAMILY)
         return a, g, g
 
 
 @triton.jit
-def _add_two(a, g, other_a, other_g):
-    return a + other_a, g + other_g
+def _add_two(x, y, other_x, other_y):
+    return x + other_x, y + other_y
+
+
+@triton.jit
+def two_sums(x, y):
+    """Two tiles' sums by rows, in one reduction: warps that share a row meet once and not twice."""
+    if INTERPRET:  # which would add up entry by entry, in Python
+        return tl.sum(x, axis=1), tl.sum(y, axis=1)
+    else:
+        return tl.reduce((x, y), 1, _add_two)
 
 
 @triton.jit
@@ -118,8 +130,8 @@ def _add_three(a, g, inside, other_a, other_g, other_inside):
 
 @triton.jit
 def totals(a, g, inside):
-    """Three tiles' sums by rows, in one reduction: warps that share a row meet once and not three times."""
-    if INTERPRET:  # which would add up entry by entry, in Python
+    """The sums of `summands` by rows, in one reduction."""
+    if INTERPRET:
         return tl.sum(a, axis=1), tl.sum(g, axis=1), tl.sum(inside, axis=1)
     else:
         return tl.reduce((a, g, inside), 1, _add_three)
@@ -166,10 +178,7 @@ def guess(maxima, solver, STEPS: tl.constexpr, FAMILY: tl.constexpr):
     t = tl.zeros((maxima.shape[0],), tl.float32) + solver[0]
     for _ in tl.static_range(STEPS):
         a, g = coefficients(maxima, t, solver[2], FAMILY)
-        if INTERPRET:
-            total, slope = tl.sum(a, axis=1), tl.sum(g, axis=1)
-        else:
-            total, slope = tl.reduce((a, g), 1, _add_two)
+        total, slope = two_sums(a, g)
         t += _newton_step(total, slope, solver[2], FAMILY)
     return t
 
@@ -190,7 +199,7 @@ def advance(t, low, high, most, moving, total, slope, support, beta, FAMILY: tl.
 
     A row that has converged rests while others go on, so that its result does not depend on its neighbours.
     """
-    excess = total - 1.0
+    excess, support = total - 1.0, support.to(tl.float32)
     low = tl.where(excess >= 0.0, t, low)
     most = tl.where(excess >= 0.0, support, most)  # supports shrink to the right
     high = tl.where(excess <= 0.0, t, high)
@@ -216,12 +225,15 @@ def advance(t, low, high, most, moving, total, slope, support, beta, FAMILY: tl.
 
 
 @triton.jit
-def solve(x, t, poison, solver, FAMILY: tl.constexpr):
-    """The threshold of every row of a `shifted` tile, −inf where there is no column, from a first guess t."""
-    low, high, most, moving = start(poison, solver, x.shape[1])
+def _solve(chunks, t, poison, solver, FAMILY: tl.constexpr):
+    """The threshold of every row of `shifted` chunks, −inf where there is no column, from a first guess t."""
+    low, high, most, moving = start(poison, solver, chunks[0].shape[1] * len(chunks))
     steps_left = tl.full((), MAX_STEPS, tl.int32)
     while steps_left > 0:
-        a, g, inside = summands(x, t, solver[2], FAMILY)
+        a, g, inside = summands(chunks[0], t, solver[2], FAMILY)
+        for i in tl.static_range(1, len(chunks)):
+            more = summands(chunks[i], t, solver[2], FAMILY)
+            a, g, inside = a + more[0], g + more[1], inside + more[2]
         total, slope, support = totals(a, g, inside)
         t, low, high, most, moving = advance(t, low, high, most, moving, total, slope, support, solver[2], FAMILY)
         steps_left = (steps_left - 1) * tl.max(moving, axis=0)
@@ -229,31 +241,40 @@ def solve(x, t, poison, solver, FAMILY: tl.constexpr):
 
 
 @triton.jit
-def _by_chunk(x, CHUNKS: tl.constexpr):
-    return tl.reshape(x, (x.shape[0], CHUNKS, x.shape[1] // CHUNKS))
+def entmax_chunks(x, masks, solver, FAMILY: tl.constexpr, GUESSES: tl.constexpr):
+    """α-entmax of whole rows in registers, as a tuple of tiles like x: chunks of the rows, equally wide.
+
+    x is zero where its masks of columns are not, and a row with NaN or ±inf comes out NaN. So many steps of `guess`
+    start from the maxima of the chunks, entry by entry: two to four cheap ones leave one or two over all entries, of
+    the four or more that it takes from the left end.
+    """
+    zeros, maxima = x[0] * 0.0, tl.where(masks[0][None, :], x[0], float("-inf"))
+    for i in tl.static_range(1, len(x)):
+        zeros += x[i] * 0.0
+        maxima = tl.maximum(maxima, tl.where(masks[i][None, :], x[i], float("-inf")))
+    poison, top = poison_and_top(zeros, maxima)
+    chunks = ()
+    for i in tl.static_range(len(x)):
+        chunks = chunks + (tl.where(masks[i][None, :], shifted(x[i], top, FAMILY), float("-inf")),)
+    if FAMILY == "softmax":
+        total = tl.exp(chunks[0])
+        for i in tl.static_range(1, len(chunks)):
+            total += tl.exp(chunks[i])
+        t = tl.sum(total, axis=1)
+    else:
+        t = guess(shifted(maxima, top, FAMILY), solver, GUESSES, FAMILY)
+        t = _solve(chunks, t, poison, solver, FAMILY)
+    result = ()
+    for i in tl.static_range(len(chunks)):
+        a, _ = coefficients(chunks[i], t, solver[2], FAMILY)
+        result = result + (a + poison[:, None],)
+    return result
 
 
 @triton.jit
-def entmax_tile(x, mask_n, solver, FAMILY: tl.constexpr, CHUNKS: tl.constexpr = 1, GUESSES: tl.constexpr = 0):
-    """α-entmax of whole rows in registers; x is zero where mask_n is not, and a row with NaN or ±inf comes out NaN.
-
-    With CHUNKS, so many steps of `guess` start from the maxima of the row's chunks, entry by entry: two or three
-    cheap steps leave two over all entries, of the four or more that it takes from the left end.
-    """
-    zeros = x * 0.0
-    x = tl.where(mask_n[None, :], x, float("-inf"))
-    maxima = x
-    if CHUNKS > 1:
-        zeros, maxima = tl.sum(_by_chunk(zeros, CHUNKS), axis=1), tl.max(_by_chunk(x, CHUNKS), axis=1)
-    poison, top = poison_and_top(zeros, maxima)
-    x = shifted(x, top, FAMILY)
-    if FAMILY == "softmax":
-        t = tl.sum(tl.exp(x), axis=1)
-    else:
-        t = guess(shifted(maxima, top, FAMILY), solver, GUESSES, FAMILY)
-        t = solve(x, t, poison, solver, FAMILY)
-    a, _ = coefficients(x, t, solver[2], FAMILY)
-    return a + poison[:, None]
+def entmax_tile(x, mask_n, solver, FAMILY: tl.constexpr):
+    """`entmax_chunks` of rows that are one tile."""
+    return entmax_chunks((x,), (mask_n,), solver, FAMILY, 0)[0]
 
 
 @triton.jit
@@ -279,17 +300,33 @@ def weighted_mean(weighted, weight):
 def entmax_gradient_tile(da, a, beta, FAMILY: tl.constexpr):
     """dx of whole rows in registers, zero where da and a are."""
     g = power_of_coefficients(a, beta, FAMILY)
-    mean = weighted_mean(tl.sum(g * da, axis=1), tl.sum(g, axis=1))
-    return g * (da - mean[:, None])
+    weighted, weight = two_sums(g * da, g)
+    return g * (da - weighted_mean(weighted, weight)[:, None])
+
+
+@triton.jit
+def layer_norm_chunks(s, masks, N, eps):
+    """x̂ and σ⁻¹ of whole rows in registers, the variance by a second pass; x̂, a tuple like s, is zero where masked."""
+    total = s[0]
+    for i in tl.static_range(1, len(s)):
+        total += s[i]
+    mean = tl.sum(total, axis=1) / N
+    squares = tl.zeros(s[0].shape, tl.float32)
+    for i in tl.static_range(len(s)):
+        centred = tl.where(masks[i][None, :], s[i] - mean[:, None], 0.0)
+        squares += centred * centred
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / N + eps)
+    x = ()
+    for i in tl.static_range(len(s)):
+        x = x + (tl.where(masks[i][None, :], s[i] - mean[:, None], 0.0) * rstd[:, None],)
+    return x, rstd
 
 
 @triton.jit
 def layer_norm_tile(s, mask_n, N, eps):
-    """x̂ and σ⁻¹ of whole rows in registers, the variance by a second pass; x̂ is zero where mask_n is not."""
-    mean = tl.sum(s, axis=1) / N
-    centred = tl.where(mask_n[None, :], s - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    return centred * rstd[:, None], rstd
+    """`layer_norm_chunks` of rows that are one tile."""
+    x, rstd = layer_norm_chunks((s,), (mask_n,), N, eps)
+    return x[0], rstd
 
 
 @triton.jit

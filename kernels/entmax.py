@@ -30,10 +30,11 @@ from mumoe_fast.kernels._entmax_solver import (
     MAX_STEPS,
     advance,
     coefficients,
+    entmax_chunks,
     entmax_gradient_tile,
-    entmax_tile,
     family,
     guess,
+    layer_norm_chunks,
     layer_norm_gradient_tile,
     layer_norm_tile,
     merge_moments,
@@ -71,34 +72,6 @@ def _normalised(source, offs_t, offs_n, mask_t, mask_n, mean, rstd, NORM: tl.con
 
 
 @triton.jit
-def _row_offsets(T, N, CHUNKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows, columns and mask of a tile of whole rows as (CHUNKS, BLOCK_T, BLOCK_N / CHUNKS).
-
-    The compiler hands the last dimension to neighbouring threads, 16 bytes each, then the rows, and what is left, the
-    chunks, stays in a thread's registers. So a row belongs to few threads: its sums take few exchanges between them,
-    and what happens once a row happens for more rows at a time.
-    """
-    offs_t = offsets(tl.program_id(0), BLOCK_T)[None, :, None]
-    chunks, columns = tl.arange(0, CHUNKS)[:, None, None], tl.arange(0, BLOCK_N // CHUNKS)[None, None, :]
-    offs_n = chunks.to(tl.int64) * (BLOCK_N // CHUNKS) + columns
-    return offs_t, offs_n, (offs_t < T) & (offs_n < N)
-
-
-@triton.jit
-def _load_rows(x, offs_t, offs_n, mask):
-    """The float32 tile (BLOCK_T, BLOCK_N) of a matrix at `_row_offsets`, zero where masked."""
-    tile = tl.permute(load(x[0] + distance(x, offs_t, offs_n), mask), (1, 0, 2))
-    return tl.reshape(tile, (tile.shape[0], tile.shape[1] * tile.shape[2]))
-
-
-@triton.jit
-def _store_rows(ptr, x, offs_t, offs_n, mask, N):
-    """Store a tile (BLOCK_T, BLOCK_N) at `_row_offsets` of a contiguous matrix."""
-    tile = tl.reshape(x, (mask.shape[1], mask.shape[0], mask.shape[2]))
-    store(ptr + offs_t * N + offs_n, tl.permute(tile, (1, 0, 2)), mask)
-
-
-@triton.jit
 def _rows_kernel(
     s,
     mean_ptr,
@@ -112,26 +85,32 @@ def _rows_kernel(
     FAMILY: tl.constexpr,
     LEARNED: tl.constexpr,
     FULL: tl.constexpr,
-    CHUNKS: tl.constexpr,
     GUESSES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     if FULL:
-        N = BLOCK_N  # and every mask of columns is known to hold
+        N = BLOCK_N  # a constant, and every mask of columns is known to hold
     if LEARNED:
         solver = tl.load(solver), tl.load(solver + 1), tl.load(solver + 2)
-    offs_t, offs_n, mask = _row_offsets(T, N, CHUNKS, BLOCK_T, BLOCK_N)
-    mask_n = tl.arange(0, BLOCK_N) < N
-    x = _load_rows(s, offs_t, offs_n, mask)
+    source = s, mean_ptr, rstd_ptr
+    offs_t = offsets(tl.program_id(0), BLOCK_T)
+    mask_t = offs_t < T
+    columns, masks, x = (), (), ()
+    for i in tl.static_range(CHUNKS):
+        offs_n = i * (BLOCK_N // CHUNKS) + tl.arange(0, BLOCK_N // CHUNKS).to(tl.int64)
+        columns, masks = columns + (offs_n,), masks + (offs_n < N,)
+        if NORM == "batch":
+            x = x + (_normalised(source, offs_t, offs_n, mask_t, offs_n < N, None, None, NORM),)
+        else:
+            x = x + (_load_tile(s, offs_t, offs_n, mask_t, offs_n < N),)
     if NORM == "layer":
-        x, _ = layer_norm_tile(x, mask_n, N, eps)
-    elif NORM == "batch":
-        x = (x - _load_rows((mean_ptr, 0, 1, 1, 1), offs_t, offs_n, mask)) * _load_rows(
-            (rstd_ptr, 0, 1, 1, 1), offs_t, offs_n, mask
-        )
-    a = entmax_tile(x, mask_n, solver, FAMILY, CHUNKS, GUESSES)
-    _store_rows(a_ptr, a, offs_t, offs_n, mask, N)
+        x, _ = layer_norm_chunks(x, masks, N, eps)
+    a = entmax_chunks(x, masks, solver, FAMILY, GUESSES)
+    for i in tl.static_range(CHUNKS):
+        mask = mask_t[:, None] & masks[i][None, :]
+        store(a_ptr + offs_t[:, None] * N + columns[i][None, :], a[i], mask)
 
 
 @triton.jit
@@ -150,8 +129,8 @@ def _rows_backward_kernel(
     FAMILY: tl.constexpr,
     LEARNED: tl.constexpr,
     FULL: tl.constexpr,
-    CHUNKS: tl.constexpr,
     GUESSES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -159,15 +138,16 @@ def _rows_backward_kernel(
         N = BLOCK_N
     if LEARNED:
         beta = tl.load(beta)
-    offs_t, offs_n, mask = _row_offsets(T, N, CHUNKS, BLOCK_T, BLOCK_N)
-    da_tile, a_tile = _load_rows(da, offs_t, offs_n, mask), _load_rows(a, offs_t, offs_n, mask)
+    offs_t, offs_n = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
+    mask_t, mask_n = offs_t < T, offs_n < N
+    da_tile, a_tile = _load_tile(da, offs_t, offs_n, mask_t, mask_n), _load_tile(a, offs_t, offs_n, mask_t, mask_n)
     ds = entmax_gradient_tile(da_tile, a_tile, beta, FAMILY)
     if NORM == "layer":
-        x, rstd = layer_norm_tile(_load_rows(s, offs_t, offs_n, mask), tl.arange(0, BLOCK_N) < N, N, eps)
+        x, rstd = layer_norm_tile(_load_tile(s, offs_t, offs_n, mask_t, mask_n), mask_n, N, eps)
         ds = layer_norm_gradient_tile(ds, x, rstd, N)
     elif NORM == "batch":
-        ds *= _load_rows((rstd_ptr, 0, 1, 1, 1), offs_t, offs_n, mask)
-    _store_rows(ds_ptr, ds, offs_t, offs_n, mask, N)
+        ds *= load(rstd_ptr + offs_n, mask_n)[None, :]
+    store(ds_ptr + offs_t[:, None] * N + offs_n[None, :], ds, mask_t[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -240,7 +220,7 @@ def _rows_multi_pass_kernel(
         low, high, most, moving = start(poison, solver, N)
         steps_left = tl.full((), MAX_STEPS, tl.int32)
         while steps_left > 0:
-            a, g, inside = tile, tile, tile
+            a, g, inside = tile, tile, tile.to(tl.uint32) if FAMILY == "entmax15" else tile
             for n in range(0, N, BLOCK_N):
                 x = _shifted(source, offs_t, n + columns, mask_t, n + columns < N, mean, rstd, top, NORM, FAMILY)
                 in_chunk = summands(x, t, solver[2], FAMILY)
