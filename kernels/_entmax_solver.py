@@ -6,15 +6,18 @@ With β = α − 1, x ≤ 0 the row minus its maximum, and S(t) = Σ a, falling 
     α = 1.5, 2   a = (βx − t)₊^{1/β}               t = τ ∈ [−1, −N^{−β}]
     otherwise    a = [1 + β(x − t)]₊^{1/β}         t = v ∈ [0, (1 − N^{−β})/β]   (τ = βv − 1)
 
-τ keeps its digits where the coefficients are small (a flat row of 65,536), v where α is close to 1. All start at the
-left end, t where the largest entry alone fills the row. With g = a^{2−α} on the support, S' = −Σ g in v:
+τ keeps its digits where the coefficients are small (a flat row of 65,536), v where α is close to 1. With g = a^{2−α}
+on the support, S' is −Σ g in v (−Σ g/β in τ), and every α takes Newton's steps on the norm (Σ base^{1/β})^β = S^β:
 
-    α = 1.5      the root of the quadratic that S is on the present support:  t += (S − 1)/(Σ g + √((Σ g)² − k(S − 1)))
-    α = 2        Newton on S:  t += (S − 1)/k,  k = Σ g entries in the support
-    otherwise    Newton on the norm (Σ base^{1/β})^β = S^β, convex too:  t += S (1 − S^{−β})/(β Σ g)
+    v += S (1 − S^{−β})/(β Σ g)      α = 1.5: τ += √S (√S − 1)/Σ g      α = 2: τ += (S − 1)/Σ g
 
-The last is exact in one step for a flat row at every α and for every row at α → 1; it takes one power per entry where
-Halley's step takes two, and no more steps. A step that leaves the bracket [low, high] known so far becomes a bisection.
+The norm is convex, so that no step from the left overshoots. One is exact for a flat row at every α, and for every row
+at α → 1, and it takes one power per entry where Halley's step takes two, and no more steps. A step that leaves the
+bracket [low, high] known so far, by rounding, becomes a bisection. For α = 1.5 the root of the quadratic that S is on
+the present support takes a step less, but has to count the support, which costs more than the step.
+
+The left end, t where the largest entry alone fills the row, is five steps away. A better start are the maxima of parts
+of the row, a smaller row whose threshold is below: see `guess`.
 
 Backward needs only a: dx = g ⊙ (da − Σ g·da / Σ g).
 """
@@ -94,22 +97,6 @@ def coefficients(x, t, beta, FAMILY: tl.constexpr):
 
 
 @triton.jit
-def summands(x, t, beta, FAMILY: tl.constexpr):
-    """What a step needs of every entry, for `totals` to add up: a, g and 1 on the support.
-
-    Only α = 1.5 asks for the last; the others repeat g, which costs nothing. It is a sign bit: comparisons, which the
-    compiler adds up by other means, took twice as many instructions.
-    """
-    if FAMILY == "entmax15":
-        below = t[:, None] - x
-        g = tl.maximum(-below, 0.0)
-        return g * g, g, below.to(tl.uint32, bitcast=True) >> 31
-    else:
-        a, g = coefficients(x, t, beta, FAMILY)
-        return a, g, g
-
-
-@triton.jit
 def _add_two(x, y, other_x, other_y):
     return x + other_x, y + other_y
 
@@ -121,20 +108,6 @@ def two_sums(x, y):
         return tl.sum(x, axis=1), tl.sum(y, axis=1)
     else:
         return tl.reduce((x, y), 1, _add_two)
-
-
-@triton.jit
-def _add_three(a, g, inside, other_a, other_g, other_inside):
-    return a + other_a, g + other_g, inside + other_inside
-
-
-@triton.jit
-def totals(a, g, inside):
-    """The sums of `summands` by rows, in one reduction."""
-    if INTERPRET:
-        return tl.sum(a, axis=1), tl.sum(g, axis=1), tl.sum(inside, axis=1)
-    else:
-        return tl.reduce((a, g, inside), 1, _add_three)
 
 
 @triton.jit
@@ -153,7 +126,7 @@ def poison_and_top(zeros, maxima):
 
 @triton.jit
 def _newton_step(total, slope, beta, FAMILY: tl.constexpr):
-    """From t to the root of the tangent to S^β, S (1 − S^{−β})/(β Σ g): S^β is convex, and none overshoots its root."""
+    """From t to the root of the tangent to S^β."""
     if FAMILY == "entmax15":
         root = tl.sqrt(total)
         return root * (root - 1.0) / slope
@@ -184,58 +157,46 @@ def guess(maxima, solver, STEPS: tl.constexpr, FAMILY: tl.constexpr):
 
 
 @triton.jit
-def start(poison, solver, N):
-    """The solver's state beside the threshold: its bracket, a bound on the support in it, and 1 while a row moves.
-
-    A poisoned row never does.
-    """
+def start(poison, solver):
+    """The solver's state beside the threshold: its bracket, and 1 while a row moves, which a poisoned one never does."""
     zeros = tl.zeros(poison.shape, tl.float32)
-    return zeros + solver[0], zeros + solver[1], zeros + N, tl.where(poison == 0.0, 1, 0)
+    return zeros + solver[0], zeros + solver[1], tl.where(poison == 0.0, 1, 0)
 
 
 @triton.jit
-def advance(t, low, high, most, moving, total, slope, support, beta, FAMILY: tl.constexpr):
-    """One step of every row that still moves: its threshold, bracket, bound on the support, and whether it goes on.
+def advance(t, low, high, moving, total, slope, N, beta, FAMILY: tl.constexpr):
+    """One step of every row that still moves: its threshold, bracket, and whether it goes on; N bounds the support.
 
     A row that has converged rests while others go on, so that its result does not depend on its neighbours.
     """
-    excess, support = total - 1.0, support.to(tl.float32)
-    low = tl.where(excess >= 0.0, t, low)
-    most = tl.where(excess >= 0.0, support, most)  # supports shrink to the right
-    high = tl.where(excess <= 0.0, t, high)
+    low = tl.where(total >= 1.0, t, low)
+    high = tl.where(total <= 1.0, t, high)
     legal = slope > 0.0
-    slope = tl.where(legal, slope, 1.0)
-    if FAMILY == "entmax15":
-        discriminant = slope * slope - support * excess
-        legal = legal & (discriminant >= 0.0)
-        step = excess / (slope + tl.sqrt(tl.where(legal, discriminant, 0.0)))
-    else:
-        step = _newton_step(total, slope, beta, FAMILY)
-    scale = tl.where(t > 1.0, t, 1.0) if FAMILY == "entmax" else tl.abs(t)
-    candidate = t + step
+    candidate = t + _newton_step(total, tl.where(legal, slope, 1.0), beta, FAMILY)
     legal = legal & (candidate >= low) & (candidate <= high)
     candidate = tl.where(legal, candidate, 0.5 * (low + high))
     size = tl.abs(candidate - t)
-    moved = size > TOLERANCE * scale
+    allowed = TOLERANCE * (tl.where(t > 1.0, t, 1.0) if FAMILY == "entmax" else tl.abs(t))
+    moved = size > allowed
     if FAMILY == "entmax15":
-        # What enters or leaves the support between t and the root adds at most size² an entry to S, whose slope there
-        # is at least 2: the next step would be smaller than this.
-        moved = moved & ((most * size * size > 2.0 * TOLERANCE * scale) | (legal == 0))
-    return tl.where(moving > 0, candidate, t), low, high, most, tl.where(moved, moving, 0)
+        # A Newton step leaves φ''/(2 |φ'|) size² to the root: for φ = √S that is less than N size²/(2 Σ g)
+        moved = moved & ((N * size * size > 2.0 * slope * allowed) | (legal == 0))
+    return tl.where(moving > 0, candidate, t), low, high, tl.where(moved, moving, 0)
 
 
 @triton.jit
 def _solve(chunks, t, poison, solver, FAMILY: tl.constexpr):
     """The threshold of every row of `shifted` chunks, −inf where there is no column, from a first guess t."""
-    low, high, most, moving = start(poison, solver, chunks[0].shape[1] * len(chunks))
+    low, high, moving = start(poison, solver)
     steps_left = tl.full((), MAX_STEPS, tl.int32)
     while steps_left > 0:
-        a, g, inside = summands(chunks[0], t, solver[2], FAMILY)
+        a, g = coefficients(chunks[0], t, solver[2], FAMILY)
         for i in tl.static_range(1, len(chunks)):
-            more = summands(chunks[i], t, solver[2], FAMILY)
-            a, g, inside = a + more[0], g + more[1], inside + more[2]
-        total, slope, support = totals(a, g, inside)
-        t, low, high, most, moving = advance(t, low, high, most, moving, total, slope, support, solver[2], FAMILY)
+            more = coefficients(chunks[i], t, solver[2], FAMILY)
+            a, g = a + more[0], g + more[1]
+        total, slope = two_sums(a, g)
+        N: tl.constexpr = len(chunks) * chunks[0].shape[1]
+        t, low, high, moving = advance(t, low, high, moving, total, slope, N, solver[2], FAMILY)
         steps_left = (steps_left - 1) * tl.max(moving, axis=0)
     return t
 

@@ -43,8 +43,7 @@ from mumoe_fast.kernels._entmax_solver import (
     shifted,
     solver_arguments,
     start,
-    summands,
-    totals,
+    two_sums,
     weighted_mean,
 )
 from mumoe_fast.kernels._tiles import distance, matrix, offsets
@@ -217,16 +216,16 @@ def _rows_multi_pass_kernel(
         t = tl.sum(total, axis=1)
     else:
         t = guess(shifted(maxima, top, FAMILY), solver, GUESSES, FAMILY)
-        low, high, most, moving = start(poison, solver, N)
+        low, high, moving = start(poison, solver)
         steps_left = tl.full((), MAX_STEPS, tl.int32)
         while steps_left > 0:
-            a, g, inside = tile, tile, tile.to(tl.uint32) if FAMILY == "entmax15" else tile
+            a, g = tile, tile
             for n in range(0, N, BLOCK_N):
                 x = _shifted(source, offs_t, n + columns, mask_t, n + columns < N, mean, rstd, top, NORM, FAMILY)
-                in_chunk = summands(x, t, solver[2], FAMILY)
-                a, g, inside = a + in_chunk[0], g + in_chunk[1], inside + in_chunk[2]
-            total, slope, support = totals(a, g, inside)
-            t, low, high, most, moving = advance(t, low, high, most, moving, total, slope, support, solver[2], FAMILY)
+                in_chunk = coefficients(x, t, solver[2], FAMILY)
+                a, g = a + in_chunk[0], g + in_chunk[1]
+            total, slope = two_sums(a, g)
+            t, low, high, moving = advance(t, low, high, moving, total, slope, N, solver[2], FAMILY)
             steps_left = (steps_left - 1) * tl.max(moving, axis=0)
 
     for n in range(0, N, BLOCK_N):
