@@ -250,15 +250,15 @@ def _gate(block_t: int, block_n: int, block_i: int, num_warps: int, num_stages: 
 _GPU_ROWS = (
     _rows(64, 16, 1, 2, 0),
     _rows(32, 32, 1, 2, 0),
-    _rows(16, 64, 1, 4, 2),
-    _rows(8, 128, 1, 4, 2),
+    _rows(16, 64, 1, 4, 0),
+    _rows(8, 128, 1, 4, 0),
     _rows(4, 256, 1, 4, 2),
-    _rows(2, 512, 1, 4, 2),
+    _rows(2, 512, 1, 4, 3),
     _rows(1, 1024, 1, 4, 3),
     _rows(1, 2048, 1, 8, 3),
     _rows(1, 4096, 2, 8, 4),
     _rows(1, 8192, 4, 8, 4),
-    _rows(1, 16384, 8, 8, 4),
+    _rows(1, 16384, 8, 8, 5),
 )
 _GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _ROWS = {"interpreter": (_rows(4, 16, 1, 2, 0), _rows(2, 64, 1, 4, 2)), **dict.fromkeys(_GPUS, _GPU_ROWS)}
