@@ -30,7 +30,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from mumoe_fast.kernels._common import INTERPRET
+from mumoe_fast.kernels._common import INTERPRET, append
 
 MAX_STEPS: tl.constexpr = tl.constexpr(64)  # bisection alone needs 40 for its 2⁻²⁰ of the smallest threshold
 TOLERANCE: tl.constexpr = tl.constexpr(2.0**-20)
@@ -77,7 +77,7 @@ def shifted(x, top, FAMILY: tl.constexpr):
 
 @triton.jit
 def coefficients(x, t, beta, FAMILY: tl.constexpr):
-    """a and g = a^{2−α} at the thresholds t, both zero off the support, of `shifted` x, −inf where there is no column."""
+    """a and g = a^{2−α} at the thresholds t, zero off the support, of `shifted` x, −inf where there is no column."""
     t = t[:, None]
     if FAMILY == "softmax":
         a = tl.exp(x) / t
@@ -117,7 +117,7 @@ def _sum_and_max(total, top, other_total, other_top):
 
 @triton.jit
 def poison_and_top(zeros, maxima):
-    """By rows: the sum of the entries times 0, NaN where one was NaN or ±inf, which a maximum would lose; the maximum."""
+    """By rows: the sum of the entries' zeros, NaN where one was NaN or ±inf, which a maximum loses; the maximum."""
     if INTERPRET:
         return tl.sum(zeros, axis=1), tl.max(maxima, axis=1)
     else:
@@ -158,7 +158,7 @@ def guess(maxima, solver, STEPS: tl.constexpr, FAMILY: tl.constexpr):
 
 @triton.jit
 def start(poison, solver):
-    """The solver's state beside the threshold: its bracket, and 1 while a row moves, which a poisoned one never does."""
+    """The solver's state beside the threshold: its bracket, and 1 while a row moves, which no poisoned one does."""
     zeros = tl.zeros(poison.shape, tl.float32)
     return zeros + solver[0], zeros + solver[1], tl.where(poison == 0.0, 1, 0)
 
@@ -216,10 +216,10 @@ def entmax_chunks(x, masks, solver, FAMILY: tl.constexpr, GUESSES: tl.constexpr)
     poison, top = poison_and_top(zeros, maxima)
     chunks = ()
     for i in tl.static_range(len(x)):
-        chunks = chunks + (tl.where(masks[i][None, :], shifted(x[i], top, FAMILY), float("-inf")),)
+        chunks = append(chunks, tl.where(masks[i][None, :], shifted(x[i], top, FAMILY), float("-inf")))
     if FAMILY == "softmax":
-        total = tl.exp(chunks[0])
-        for i in tl.static_range(1, len(chunks)):
+        total = tl.zeros(x[0].shape, tl.float32)
+        for i in tl.static_range(len(chunks)):
             total += tl.exp(chunks[i])
         t = tl.sum(total, axis=1)
     else:
@@ -228,7 +228,7 @@ def entmax_chunks(x, masks, solver, FAMILY: tl.constexpr, GUESSES: tl.constexpr)
     result = ()
     for i in tl.static_range(len(chunks)):
         a, _ = coefficients(chunks[i], t, solver[2], FAMILY)
-        result = result + (a + poison[:, None],)
+        result = append(result, a + poison[:, None])
     return result
 
 
@@ -279,7 +279,7 @@ def layer_norm_chunks(s, masks, N, eps):
     rstd = tl.rsqrt(tl.sum(squares, axis=1) / N + eps)
     x = ()
     for i in tl.static_range(len(s)):
-        x = x + (tl.where(masks[i][None, :], s[i] - mean[:, None], 0.0) * rstd[:, None],)
+        x = append(x, tl.where(masks[i][None, :], s[i] - mean[:, None], 0.0) * rstd[:, None])
     return x, rstd
 
 
