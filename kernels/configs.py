@@ -241,7 +241,7 @@ def _rows(block_t: int, block_n: int, num_warps: int, chunks: int, guesses: int)
 
 
 def _long_rows(block_n: int, num_warps: int) -> Config:
-    return Config({"BLOCK_T": 1, "BLOCK_N": block_n, "GUESSES": 4}, num_warps, num_stages=1)
+    return Config({"BLOCK_T": 1, "BLOCK_N": block_n, "GUESSES": 5}, num_warps, num_stages=1)
 
 
 def _gate(block_t: int, block_n: int, block_i: int, num_warps: int, num_stages: int) -> Config:
