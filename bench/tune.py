@@ -34,7 +34,7 @@ JUDGED_TOKENS = 257
 WORTH = 0.98  # of the time before: smaller gains are the clock's
 ROUNDS = 3
 CALLS, BURSTS = 5, 5
-SMALLEST = {"GROUP_T": 1, "BLOCK_T": 1}  # of a block; a dot takes no fewer than 16
+SMALLEST = {"GROUP_T": 1, "BLOCK_T": 1, "CHUNKS": 1, "GUESSES": 1}  # of a block; a dot takes no fewer than 16
 
 
 @dataclass(frozen=True)

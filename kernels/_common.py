@@ -28,6 +28,12 @@ INTERPRET: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def append(items, item):
+    """A tuple with one item more: the language has no unpacking in tuples."""
+    return items + (item,)  # noqa: RUF005
+
+
+@triton.jit
 def round_to(x, dtype: tl.constexpr):
     """float32 x rounded to nearest even in `dtype`, as float32 when interpreting and as `dtype` on a GPU."""
     if INTERPRET:

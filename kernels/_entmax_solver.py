@@ -6,15 +6,18 @@ With β = α − 1, x ≤ 0 the row minus its maximum, and S(t) = Σ a, falling 
     α = 1.5, 2   a = (βx − t)₊^{1/β}               t = τ ∈ [−1, −N^{−β}]
     otherwise    a = [1 + β(x − t)]₊^{1/β}         t = v ∈ [0, (1 − N^{−β})/β]   (τ = βv − 1)
 
-τ keeps its digits where the coefficients are small (a flat row of 65,536), v where α is close to 1. All start at the
-left end, t where the largest entry alone fills the row. With g = a^{2−α} on the support, S' = −Σ g in v:
+τ keeps its digits where the coefficients are small (a flat row of 65,536), v where α is close to 1. With g = a^{2−α}
+on the support, S' is −Σ g in v (−Σ g/β in τ), and every α takes Newton's steps on the norm (Σ base^{1/β})^β = S^β:
 
-    α = 1.5      the root of the quadratic that S is on the present support:  t += (S − 1)/(Σ g + √((Σ g)² − k(S − 1)))
-    α = 2        Newton on S:  t += (S − 1)/k,  k = Σ g entries in the support
-    otherwise    Newton on the norm (Σ base^{1/β})^β = S^β, convex too:  t += S (1 − S^{−β})/(β Σ g)
+    v += S (1 − S^{−β})/(β Σ g)      α = 1.5: τ += √S (√S − 1)/Σ g      α = 2: τ += (S − 1)/Σ g
 
-The last is exact in one step for a flat row at every α and for every row at α → 1; it takes one power per entry where
-Halley's step takes two, and no more steps. A step that leaves the bracket [low, high] known so far becomes a bisection.
+The norm is convex, so that no step from the left overshoots. One is exact for a flat row at every α, and for every row
+at α → 1, and it takes one power per entry where Halley's step takes two, and no more steps. A step that leaves the
+bracket [low, high] known so far, by rounding, becomes a bisection. For α = 1.5 the root of the quadratic that S is on
+the present support takes a step less, but has to count the support, which costs more than the step.
+
+The left end, t where the largest entry alone fills the row, is five steps away. A better start are the maxima of parts
+of the row, a smaller row whose threshold is below: see `guess`.
 
 Backward needs only a: dx = g ⊙ (da − Σ g·da / Σ g).
 """
@@ -26,6 +29,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+
+from mumoe_fast.kernels._common import INTERPRET, append
 
 MAX_STEPS: tl.constexpr = tl.constexpr(64)  # bisection alone needs 40 for its 2⁻²⁰ of the smallest threshold
 TOLERANCE: tl.constexpr = tl.constexpr(2.0**-20)
@@ -59,19 +64,30 @@ def _log1p(x):
 
 
 @triton.jit
+def shifted(x, top, FAMILY: tl.constexpr):
+    """x minus its row's maximum, as `coefficients` takes it: times β for the families that have a τ.
+
+    The product by a half is exact, and leaves one fused operation for each entry.
+    """
+    if FAMILY == "entmax15":
+        return 0.5 * x - 0.5 * top[:, None]
+    else:
+        return x - top[:, None]
+
+
+@triton.jit
 def coefficients(x, t, beta, FAMILY: tl.constexpr):
-    """a and g = a^{2−α} at the thresholds t, both zero off the support; x is −inf where there is no column."""
+    """a and g = a^{2−α} at the thresholds t, zero off the support, of `shifted` x, −inf where there is no column."""
     t = t[:, None]
     if FAMILY == "softmax":
         a = tl.exp(x) / t
         return a, a
     elif FAMILY == "entmax15":
-        base = 0.5 * x - t
-        g = tl.where(base > 0.0, base, 0.0)
+        g = tl.maximum(x - t, 0.0)
         return g * g, g
     elif FAMILY == "sparsemax":
         base = x - t
-        return tl.where(base > 0.0, base, 0.0), tl.where(base > 0.0, 1.0, 0.0)  # 0⁰ is 1: the mask, not the power
+        return tl.maximum(base, 0.0), tl.where(base > 0.0, 1.0, 0.0)  # 0⁰ is 1: the mask, not the power
     else:
         offset = beta * (x - t)
         inside = offset > -1.0
@@ -81,77 +97,145 @@ def coefficients(x, t, beta, FAMILY: tl.constexpr):
 
 
 @triton.jit
-def totals(x, t, beta, FAMILY: tl.constexpr):
-    """What a step needs of a tile, by rows: Σ a, Σ g and the size of the support."""
-    a, g = coefficients(x, t, beta, FAMILY)
-    return tl.sum(a, axis=1), tl.sum(g, axis=1), tl.sum(tl.where(g > 0.0, 1.0, 0.0), axis=1)
+def _add_two(x, y, other_x, other_y):
+    return x + other_x, y + other_y
 
 
 @triton.jit
-def start(x, solver):
-    """The solver's state before the first step: every row's threshold, its bracket, and 1 while it moves."""
-    low = tl.zeros((x.shape[0],), tl.float32) + solver[0]
-    return low, low, tl.zeros((x.shape[0],), tl.float32) + solver[1], tl.full((x.shape[0],), 1, tl.int32)
+def two_sums(x, y):
+    """Two tiles' sums by rows, in one reduction: warps that share a row meet once and not twice."""
+    if INTERPRET:  # which would add up entry by entry, in Python
+        return tl.sum(x, axis=1), tl.sum(y, axis=1)
+    else:
+        return tl.reduce((x, y), 1, _add_two)
 
 
 @triton.jit
-def advance(t, low, high, moving, total, slope, support, beta, FAMILY: tl.constexpr):
-    """One step of every row that still moves: its threshold, bracket, and whether it goes on.
+def _sum_and_max(total, top, other_total, other_top):
+    return total + other_total, tl.maximum(top, other_top)
 
-    A row that has converged rests while others go on, so that its result does not depend on its neighbours.
-    """
-    excess = total - 1.0
-    low = tl.where(excess >= 0.0, t, low)
-    high = tl.where(excess <= 0.0, t, high)
-    legal = slope > 0.0
-    slope = tl.where(legal, slope, 1.0)
+
+@triton.jit
+def poison_and_top(zeros, maxima):
+    """By rows: the sum of the entries' zeros, NaN where one was NaN or ±inf, which a maximum loses; the maximum."""
+    if INTERPRET:
+        return tl.sum(zeros, axis=1), tl.max(maxima, axis=1)
+    else:
+        return tl.reduce((zeros, maxima), 1, _sum_and_max)
+
+
+@triton.jit
+def _newton_step(total, slope, beta, FAMILY: tl.constexpr):
+    """From t to the root of the tangent to S^β."""
     if FAMILY == "entmax15":
-        discriminant = slope * slope - support * excess
-        legal = legal & (discriminant >= 0.0)
-        step = excess / (slope + tl.sqrt(tl.where(legal, discriminant, 0.0)))
-        scale = tl.abs(t)
+        root = tl.sqrt(total)
+        return root * (root - 1.0) / slope
     elif FAMILY == "sparsemax":
-        step = excess / slope
-        scale = tl.abs(t)
+        return (total - 1.0) / slope
     else:
         # S (1 − S^{−β})/β as S log S · (1 − e^{−q})/q, whose last factor has a series where q is small
-        log_total = _log1p(excess)
+        log_total = _log1p(total - 1.0)
         q = beta * log_total
         large = tl.where(q > 0.1, q, 1.0)
         shrink = tl.where(q > 0.1, (1.0 - tl.exp(-large)) / large, 1.0 - q * (0.5 - q * (1.0 / 6.0 - q / 24.0)))
-        step = total * log_total * shrink / slope
-        scale = tl.where(t > 1.0, t, 1.0)
-    candidate = t + step
+        return total * log_total * shrink / slope
+
+
+@triton.jit
+def guess(maxima, solver, STEPS: tl.constexpr, FAMILY: tl.constexpr):
+    """A first threshold for every row, from the left end by some Newton steps on `shifted` maxima of parts of the row.
+
+    The coefficients of some entries alone sum to less than all, so their threshold is a lower bound; it is near the
+    row's own where few entries of the support share a part. No step overshoots, so none needs a bracket.
+    """
+    t = tl.zeros((maxima.shape[0],), tl.float32) + solver[0]
+    for _ in tl.static_range(STEPS):
+        a, g = coefficients(maxima, t, solver[2], FAMILY)
+        total, slope = two_sums(a, g)
+        t += _newton_step(total, slope, solver[2], FAMILY)
+    return t
+
+
+@triton.jit
+def start(poison, solver):
+    """The solver's state beside the threshold: its bracket, and 1 while a row moves, which no poisoned one does."""
+    zeros = tl.zeros(poison.shape, tl.float32)
+    return zeros + solver[0], zeros + solver[1], tl.where(poison == 0.0, 1, 0)
+
+
+@triton.jit
+def advance(t, low, high, moving, total, slope, N, beta, FAMILY: tl.constexpr):
+    """One step of every row that still moves: its threshold, bracket, and whether it goes on; N bounds the support.
+
+    A row that has converged rests while others go on, so that its result does not depend on its neighbours.
+    """
+    low = tl.where(total >= 1.0, t, low)
+    high = tl.where(total <= 1.0, t, high)
+    legal = slope > 0.0
+    candidate = t + _newton_step(total, tl.where(legal, slope, 1.0), beta, FAMILY)
     legal = legal & (candidate >= low) & (candidate <= high)
     candidate = tl.where(legal, candidate, 0.5 * (low + high))
-    moved = tl.abs(candidate - t) > TOLERANCE * scale
+    size = tl.abs(candidate - t)
+    allowed = TOLERANCE * (tl.where(t > 1.0, t, 1.0) if FAMILY == "entmax" else tl.abs(t))
+    moved = size > allowed
+    if FAMILY == "entmax15":
+        # A Newton step leaves φ''/(2 |φ'|) size² to the root: for φ = √S that is less than N size²/(2 Σ g)
+        moved = moved & ((N * size * size > 2.0 * slope * allowed) | (legal == 0))
     return tl.where(moving > 0, candidate, t), low, high, tl.where(moved, moving, 0)
 
 
 @triton.jit
-def solve(x, solver, FAMILY: tl.constexpr):
-    """The threshold of every row of a tile x ≤ 0, −inf where there is no column."""
+def _solve(chunks, t, poison, solver, FAMILY: tl.constexpr):
+    """The threshold of every row of `shifted` chunks, −inf where there is no column, from a first guess t."""
+    low, high, moving = start(poison, solver)
+    steps_left = tl.full((), MAX_STEPS, tl.int32)
+    while steps_left > 0:
+        a, g = coefficients(chunks[0], t, solver[2], FAMILY)
+        for i in tl.static_range(1, len(chunks)):
+            more = coefficients(chunks[i], t, solver[2], FAMILY)
+            a, g = a + more[0], g + more[1]
+        total, slope = two_sums(a, g)
+        N: tl.constexpr = len(chunks) * chunks[0].shape[1]
+        t, low, high, moving = advance(t, low, high, moving, total, slope, N, solver[2], FAMILY)
+        steps_left = (steps_left - 1) * tl.max(moving, axis=0)
+    return t
+
+
+@triton.jit
+def entmax_chunks(x, masks, solver, FAMILY: tl.constexpr, GUESSES: tl.constexpr):
+    """α-entmax of whole rows in registers, as a tuple of tiles like x: chunks of the rows, equally wide.
+
+    x is zero where its masks of columns are not, and a row with NaN or ±inf comes out NaN. So many steps of `guess`
+    start from the maxima of the chunks, entry by entry: two to four cheap ones leave one or two over all entries, of
+    the four or more that it takes from the left end.
+    """
+    zeros, maxima = x[0] * 0.0, tl.where(masks[0][None, :], x[0], float("-inf"))
+    for i in tl.static_range(1, len(x)):
+        zeros += x[i] * 0.0
+        maxima = tl.maximum(maxima, tl.where(masks[i][None, :], x[i], float("-inf")))
+    poison, top = poison_and_top(zeros, maxima)
+    chunks = ()
+    for i in tl.static_range(len(x)):
+        chunks = append(chunks, tl.where(masks[i][None, :], shifted(x[i], top, FAMILY), float("-inf")))
     if FAMILY == "softmax":
-        return tl.sum(tl.exp(x), axis=1)
+        total = tl.zeros(x[0].shape, tl.float32)
+        for i in tl.static_range(len(chunks)):
+            total += tl.exp(chunks[i])
+        t = tl.sum(total, axis=1)
     else:
-        t, low, high, moving = start(x, solver)
-        steps_left = tl.full((), MAX_STEPS, tl.int32)
-        while steps_left > 0:
-            total, slope, support = totals(x, t, solver[2], FAMILY)
-            t, low, high, moving = advance(t, low, high, moving, total, slope, support, solver[2], FAMILY)
-            steps_left = (steps_left - 1) * tl.max(moving, axis=0)
-        return t
+        t = guess(shifted(maxima, top, FAMILY), solver, GUESSES, FAMILY)
+        t = _solve(chunks, t, poison, solver, FAMILY)
+    result = ()
+    for i in tl.static_range(len(chunks)):
+        a, _ = coefficients(chunks[i], t, solver[2], FAMILY)
+        result = append(result, a + poison[:, None])
+    return result
 
 
 @triton.jit
 def entmax_tile(x, mask_n, solver, FAMILY: tl.constexpr):
-    """α-entmax of whole rows in registers; x is zero where mask_n is not, and a row with NaN or ±inf comes out NaN."""
-    poison = tl.sum(x * 0.0, axis=1)  # 0, or NaN, which tl.max and comparisons would lose
-    x = tl.where((poison == 0.0)[:, None], x, 0.0)  # and which must not keep the solver going
-    x = tl.where(mask_n[None, :], x, float("-inf"))
-    x -= tl.max(x, axis=1)[:, None]
-    a, _ = coefficients(x, solve(x, solver, FAMILY), solver[2], FAMILY)
-    return a + poison[:, None]
+    """`entmax_chunks` of rows that are one tile."""
+    return entmax_chunks((x,), (mask_n,), solver, FAMILY, 0)[0]
 
 
 @triton.jit
@@ -177,17 +261,33 @@ def weighted_mean(weighted, weight):
 def entmax_gradient_tile(da, a, beta, FAMILY: tl.constexpr):
     """dx of whole rows in registers, zero where da and a are."""
     g = power_of_coefficients(a, beta, FAMILY)
-    mean = weighted_mean(tl.sum(g * da, axis=1), tl.sum(g, axis=1))
-    return g * (da - mean[:, None])
+    weighted, weight = two_sums(g * da, g)
+    return g * (da - weighted_mean(weighted, weight)[:, None])
+
+
+@triton.jit
+def layer_norm_chunks(s, masks, N, eps):
+    """x̂ and σ⁻¹ of whole rows in registers, the variance by a second pass; x̂, a tuple like s, is zero where masked."""
+    total = s[0]
+    for i in tl.static_range(1, len(s)):
+        total += s[i]
+    mean = tl.sum(total, axis=1) / N
+    squares = tl.zeros(s[0].shape, tl.float32)
+    for i in tl.static_range(len(s)):
+        centred = tl.where(masks[i][None, :], s[i] - mean[:, None], 0.0)
+        squares += centred * centred
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / N + eps)
+    x = ()
+    for i in tl.static_range(len(s)):
+        x = append(x, tl.where(masks[i][None, :], s[i] - mean[:, None], 0.0) * rstd[:, None])
+    return x, rstd
 
 
 @triton.jit
 def layer_norm_tile(s, mask_n, N, eps):
-    """x̂ and σ⁻¹ of whole rows in registers, the variance by a second pass; x̂ is zero where mask_n is not."""
-    mean = tl.sum(s, axis=1) / N
-    centred = tl.where(mask_n[None, :], s - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    return centred * rstd[:, None], rstd
+    """`layer_norm_chunks` of rows that are one tile."""
+    x, rstd = layer_norm_chunks((s,), (mask_n,), N, eps)
+    return x[0], rstd
 
 
 @triton.jit

@@ -89,6 +89,15 @@ def test_flat_rows_at_a_gpus_sizes(N: int, in_registers: bool, alpha: float, dev
     torch.testing.assert_close(a, torch.full_like(a, 1 / N), rtol=max(rtol, 1e-4), atol=0)
 
 
+@pytest.mark.parametrize("kind", ["normal", "ties", "heavy-tails"])
+@pytest.mark.parametrize("N", [16, 31, 64, 120, 256, 500, 1000, 2048, 3000, 8192, 16_000])
+def test_every_size_class_of_a_gpu(N: int, kind: str, device: torch.device) -> None:
+    x, da = entmax_rows(kind, 3, N).to(device), torch.randn(3, N, device=device)
+    with target_architecture("sm_90"):
+        assert entmax_rows_config(device, N)[1]
+        check(x, da, 1.5)
+
+
 def test_long_random_rows_at_a_gpus_sizes(device: torch.device) -> None:
     x, da = entmax_rows("normal", 1, 40_000).to(device), torch.randn(1, 40_000, device=device)
     with target_architecture("sm_90"):
@@ -141,7 +150,8 @@ def test_same_bits_again(N: int, alpha: float, device: torch.device) -> None:
 @pytest.mark.parametrize("alpha", [1.25, 1.5])
 def test_same_bits_whatever_the_neighbours(alpha: float, device: torch.device) -> None:
     """Rows that share a tile take different numbers of steps: who has converged must rest."""
-    x = torch.cat([entmax_rows(kind, 8, 64) for kind in ("near-two-point", "flat", "normal", "heavy-tails")]).to(device)
+    kinds = ("near-two-point", "flat", "normal", "heavy-tails")
+    x = torch.stack([entmax_rows(kind, 8, 64) for kind in kinds], dim=1).flatten(0, 1).to(device)
     with target_architecture("sm_90"):
         together = entmax_forward(x, alpha)
         alone = torch.cat([entmax_forward(row[None], alpha) for row in x])
