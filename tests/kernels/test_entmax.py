@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+import triton.language as tl
 
 from mumoe_fast import reference
+from mumoe_fast.kernels._entmax_solver import _add_two, _sum_and_max
 from mumoe_fast.kernels.configs import entmax_rows_config, target_architecture
 from mumoe_fast.kernels.entmax import (
     entmax_backward,
@@ -209,3 +211,24 @@ def test_the_formula_by_which_alphas_gradient_is_judged_is_its_gradient(value: f
     x, da = entmax_rows("normal", 5, 17).double(), torch.randn(5, 17, dtype=torch.float64)
     a = reference.entmax(x, torch.tensor(value, dtype=torch.float64))
     torch.testing.assert_close(alpha_gradient(a, da, value)[0], learned_alpha_problem(x, da, value).truth["dalpha"])
+
+
+@triton.jit
+def _reductions_kernel(x_ptr, y_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    offs = rows[:, None] * COLUMNS + columns[None, :]
+    x, y = tl.load(x_ptr + offs), tl.load(y_ptr + offs)
+    added = tl.reduce((x, y), 1, _add_two)
+    poison, top = tl.reduce((x, y), 1, _sum_and_max)
+    tl.store(out_ptr + rows, added[0])
+    tl.store(out_ptr + ROWS + rows, added[1])
+    tl.store(out_ptr + 2 * ROWS + rows, poison)
+    tl.store(out_ptr + 3 * ROWS + rows, top)
+
+
+def test_two_reductions_in_one_are_the_two(device: torch.device) -> None:
+    """On a GPU the kernels reduce two tiles at once; in the interpreter, which is slow at that, only this test does."""
+    x, y = torch.randn(2, 4, 8, device=device)
+    out = torch.empty(4, 4, device=device)
+    _reductions_kernel[(1,)](x, y, out, ROWS=4, COLUMNS=8)
+    torch.testing.assert_close(out, torch.stack([x.sum(1), y.sum(1), x.sum(1), y.amax(1)]))
