@@ -11,6 +11,7 @@ an epilogue, and a gradient is one such kernel followed by the vendor's GEMMs. W
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -39,14 +40,26 @@ def matrix(x: Tensor) -> tuple[Any, ...]:
     The JIT only notices strides that divide by 16. A stride of 552 is passed as 69 · 8, its power of two as a constant,
     so that the compiler knows that rows start on 16 bytes and loads them that wide.
     """
-    powers = [gcd(16, stride) for stride in x.stride()]
-    return (x, *(stride // power for stride, power in zip(x.stride(), powers, strict=True)), *map(tl.constexpr, powers))
+    return (x, *_strides(x.stride()))
+
+
+@lru_cache(maxsize=1024)
+def _strides(strides: tuple[int, ...]) -> tuple[Any, ...]:
+    """Remembered: making the constants anew for every matrix of every launch takes the host longer than launching."""
+    powers = [gcd(16, stride) for stride in strides]
+    return (*(stride // power for stride, power in zip(strides, powers, strict=True)), *map(tl.constexpr, powers))
+
+
+@lru_cache(maxsize=1024)
+def aligned_size(n: int) -> tuple[int, Any]:
+    """A size inside a tuple of kernel arguments: without its power of two, and that as a constant. See `alignment`."""
+    return n // alignment(n), tl.constexpr(alignment(n))
 
 
 def expert_levels(coefficients: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Every level's a_e (T, N_e) and U_e (N_e, R) as one kernel argument, whatever the number of levels."""
     return tuple(
-        (matrix(a), matrix(factor), len(factor) // alignment(len(factor)), tl.constexpr(alignment(len(factor))))
+        (matrix(a), matrix(factor), *aligned_size(factor.shape[0]))
         for a, factor in zip(coefficients, factors, strict=True)
     )
 

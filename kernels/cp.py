@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import Launch, alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import (
     column_sums,
     contract,
@@ -144,6 +145,42 @@ def _wide(R: int, contracted: int, expert_factors: Sequence[Tensor]) -> bool:
     return alignment(R, contracted) >= 8 and all(alignment(len(factor)) >= 4 for factor in expert_factors)
 
 
+@planned
+def _launch_forward(
+    z: Tensor,
+    in_factor: Tensor,
+    in_bias: Tensor | None,
+    h: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    *levels: Tensor,
+    device: torch.device,
+    activation: str,
+    precision: str,
+) -> Launch:
+    (T, I), R = z.shape, len(in_factor)
+    coefficients, expert_factors = levels[: len(levels) // 2], levels[len(levels) // 2 :]
+    config = cp_forward_config(device, z.dtype, _wide(R, I, expert_factors))
+    grid = (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),)
+    arguments = {
+        "z": matrix(z),
+        "in_factor": matrix(in_factor.t()),
+        "in_bias_ptr": in_bias,
+        "levels": expert_levels(coefficients, expert_factors),
+        "h_ptr": h,
+        "A_ptr": A,
+        "B_ptr": B,
+        "T": T,
+        "I": I // alignment(I),
+        "R": R // alignment(R),
+        "I_ALIGN": alignment(I),
+        "R_ALIGN": alignment(R),
+        "ACTIVATION": activation,
+        "PRECISION": precision,
+    }
+    return Launch(_cp_forward_kernel, grid, config, arguments)
+
+
 def cp_forward(
     z: Tensor,
     coefficients: Sequence[Tensor],
@@ -159,30 +196,14 @@ def cp_forward(
 
     h is computed from the float32 A and B, written once, and multiplied with U_out by the vendor's GEMM.
     """
-    (T, I), (R, _) = z.shape, in_factor.shape
+    T, R = len(z), len(in_factor)
     h = z.new_empty(T, R)
     A, B = (z.new_empty(T, R), z.new_empty(T, R)) if save else (z.new_empty(0), z.new_empty(0))
-    config = cp_forward_config(z.device, z.dtype, _wide(R, I, expert_factors))
-    launch(
-        _cp_forward_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),),
-        config,
-        z.device,
-        z=matrix(z),
-        in_factor=matrix(in_factor.t()),
-        in_bias_ptr=in_bias,
-        levels=expert_levels(coefficients, expert_factors),
-        h_ptr=h,
-        A_ptr=A if save else None,
-        B_ptr=B if save else None,
-        T=T,
-        I=I // alignment(I),
-        R=R // alignment(R),
-        I_ALIGN=alignment(I),
-        R_ALIGN=alignment(R),
-        ACTIVATION=activation,
-        PRECISION=dot_precision(z.dtype),
-    )
+    saved = (A, B) if save else (None, None)
+    levels = (*coefficients, *expert_factors)
+    precision = dot_precision(z.dtype)
+    in_bias = None if in_bias is None else in_bias.contiguous()
+    _launch_forward(z, in_factor, in_bias, h, *saved, *levels, activation=activation, precision=precision)
     return torch.mm(h, out_factor.t()), A, B
 
 

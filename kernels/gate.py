@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, round_to, store
+from mumoe_fast.kernels._common import Launch, alignment, dot_precision, launch, load, round_to, store
 from mumoe_fast.kernels._entmax_solver import (
     entmax_gradient_tile,
     entmax_tile,
@@ -33,6 +33,7 @@ from mumoe_fast.kernels._entmax_solver import (
     layer_norm_tile,
     solver_arguments,
 )
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import contract, distance, matrix, offsets
 from mumoe_fast.kernels.batch_norm import (
     column_sums,
@@ -127,12 +128,45 @@ def _logits_by_gemm(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return s if bias is None else s.add_(bias)
 
 
+@planned
+def _launch_gate(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    *,
+    device: torch.device,
+    norm: str,
+    alpha: float,
+    eps: float,
+    precision: str,
+) -> Launch:
+    (T, I), N = z.shape, len(weight)
+    config = gate_forward_config(device, z.dtype, weight.dtype, N)
+    assert config is not None
+    arguments = {
+        "z": matrix(z),
+        "weight": matrix(weight.t()),
+        "bias_ptr": bias,
+        "a_ptr": a,
+        "T": T,
+        "N": N,
+        "I": I // alignment(I),
+        "eps": eps,
+        "I_ALIGN": alignment(I),
+        "NORM": norm,
+        "PRECISION": precision,
+        **solver_arguments(alpha, N),
+    }
+    return Launch(_gate_kernel, (triton.cdiv(T, config.blocks["BLOCK_T"]),), config, arguments)
+
+
 def gate_forward(z: Tensor, weight: Tensor, bias: Tensor | None, *, norm: str, alpha: float, eps: float) -> Tensor:
     """a (T, N), contiguous and in z's dtype, of z (T, I), weight (N, I) and bias (N,) or None; norm "layer" or "none".
 
     Where z is of a half type, weight and bias may be float32, autocast's master copies: they are cast when read.
     """
-    (T, I), N = z.shape, len(weight)
+    T, N = len(z), len(weight)
     a = torch.empty((T, N), dtype=z.dtype, device=z.device)
     config = gate_forward_config(z.device, z.dtype, weight.dtype, N)
     if config is None:
@@ -140,24 +174,8 @@ def gate_forward(z: Tensor, weight: Tensor, bias: Tensor | None, *, norm: str, a
         for tokens in _chunks(T, N):
             rows_forward(_logits_by_gemm(z[tokens], weight, bias), a[tokens], norm=norm, alpha=alpha, eps=eps)
         return a
-    launch(
-        _gate_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]),),
-        config,
-        z.device,
-        z=matrix(z),
-        weight=matrix(weight.t()),
-        bias_ptr=None if bias is None else bias.contiguous(),
-        a_ptr=a,
-        T=T,
-        N=N,
-        I=I // alignment(I),
-        eps=eps,
-        I_ALIGN=alignment(I),
-        NORM=norm,
-        PRECISION=dot_precision(z.dtype),
-        **solver_arguments(alpha, N),
-    )
+    bias = None if bias is None else bias.contiguous()
+    _launch_gate(z, weight, bias, a, norm=norm, alpha=alpha, eps=eps, precision=dot_precision(z.dtype))
     return a
 
 

@@ -17,6 +17,7 @@ matrices' rows one at a time, so that a GEMM tile is never wider than BLOCK_R an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -25,8 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import Launch, alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import (
+    aligned_size,
     contract,
     expert_mode_gradients,
     grouped_blocks,
@@ -177,21 +180,64 @@ def _levels(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> tuple[An
         N, rows, columns = core.shape
         sizes = rows, columns, triton.next_power_of_2(rows), triton.next_power_of_2(columns)
         flat = matrix(core.flatten(1))
-        levels.append((matrix(a), flat, N // alignment(N), tl.constexpr(alignment(N)), *map(tl.constexpr, sizes)))
+        levels.append((matrix(a), flat, *aligned_size(N), *map(tl.constexpr, sizes)))
     return tuple(levels)
 
 
 def _fits_in_a_tile(cores: Sequence[Tensor], block_p: int) -> bool:
     """Whether a program can hold a token's A_e: all of them small, and A's rows in one block."""
-    ranks = [triton.next_power_of_2(rank) for core in cores for rank in core.shape[1:]]
-    entries = [rows * columns for rows, columns in zip(ranks[::2], ranks[1::2], strict=True)]
-    return bool(ranks[0] == block_p) and max(entries) * (max(ranks) if len(cores) > 1 else 1) <= _IN_TILE
+    return _ranks_fit(tuple(rank for core in cores for rank in core.shape[1:]), block_p)
+
+
+@lru_cache(maxsize=1024)
+def _ranks_fit(ranks: tuple[int, ...], block_p: int) -> bool:
+    padded = [triton.next_power_of_2(rank) for rank in ranks]
+    entries = [rows * columns for rows, columns in zip(padded[::2], padded[1::2], strict=True)]
+    return bool(padded[0] == block_p) and max(entries) * (max(padded) if len(entries) > 1 else 1) <= _IN_TILE
 
 
 def _level_matrices(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> list[Tensor]:
     """Every level's A_e as (T, R_e, R_{e+1}), by the vendor's GEMM."""
     pairs = zip(coefficients, cores, strict=True)
     return [torch.mm(a, core.flatten(1)).unflatten(1, core.shape[1:]) for a, core in pairs]
+
+
+@planned
+def _launch_forward(
+    z: Tensor,
+    in_core: Tensor,
+    in_bias: Tensor | None,
+    h: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    *levels: Tensor,
+    device: torch.device,
+    activation: str,
+    precision: str,
+) -> Launch:
+    (T, P, R), (M, _, I) = h.shape, in_core.shape
+    config = tr_forward_config(device, z.dtype, P)
+    blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
+    arguments = {
+        "z": matrix(z),
+        "in_core": matrix(in_core.flatten(0, 1).t()),
+        "in_bias_ptr": in_bias,
+        "levels": _levels(levels[: len(levels) // 2], levels[len(levels) // 2 :]),
+        "h_ptr": h,
+        "A_ptr": A,
+        "B_ptr": B,
+        "T": T,
+        "I": I // alignment(I),
+        "P": P,
+        "M": M,
+        "R": R // alignment(R),
+        "I_ALIGN": alignment(I),
+        "R_ALIGN": alignment(R),
+        "ACTIVATION": activation,
+        "PRECISION": precision,
+        "BLOCK_M": triton.next_power_of_2(M),
+    }
+    return Launch(_tr_forward_kernel, (blocks, triton.cdiv(P, config.blocks["BLOCK_P"])), config, arguments)
 
 
 def tr_forward(
@@ -209,7 +255,7 @@ def tr_forward(
 
     h is computed from float32 tiles, written once, and multiplied with U_out by the vendor's GEMM.
     """
-    (T, I), (M, R, _), P = z.shape, in_core.shape, expert_cores[0].shape[1]
+    T, (M, R, _), P = len(z), in_core.shape, expert_cores[0].shape[1]
     config = tr_forward_config(z.device, z.dtype, P)
     fused = _fits_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
     if fused:
@@ -218,29 +264,16 @@ def tr_forward(
         *_, A = accumulate(_level_matrices(coefficients, expert_cores), torch.bmm)
     B = z.new_empty(T, M, R) if save else None
     h = z.new_empty(T, P, R)
-    blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
-    launch(
-        _tr_forward_kernel,
-        (blocks, triton.cdiv(P, config.blocks["BLOCK_P"])),
-        config,
-        z.device,
-        z=matrix(z),
-        in_core=matrix(in_core.flatten(0, 1).t()),
-        in_bias_ptr=None if in_bias is None else in_bias.contiguous(),
-        levels=_levels(coefficients, expert_cores) if fused else (),
-        h_ptr=h,
-        A_ptr=None if A is None else A.contiguous(),
-        B_ptr=B,
-        T=T,
-        I=I // alignment(I),
-        P=P,
-        M=M,
-        R=R // alignment(R),
-        I_ALIGN=alignment(I),
-        R_ALIGN=alignment(R),
-        ACTIVATION=activation,
-        PRECISION=dot_precision(z.dtype),
-        BLOCK_M=triton.next_power_of_2(M),
+    _launch_forward(
+        z,
+        in_core.contiguous(),
+        None if in_bias is None else in_bias.contiguous(),
+        h,
+        None if A is None else A.contiguous(),
+        B,
+        *((*coefficients, *(core.contiguous() for core in expert_cores)) if fused else ()),
+        activation=activation,
+        precision=dot_precision(z.dtype),
     )
     y = torch.mm(h.flatten(1), out_core.flatten(1).t())
     return (y, A, B) if save and A is not None and B is not None else (y, z.new_empty(0), z.new_empty(0))
