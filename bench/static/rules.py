@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 from mumoe_fast.bench.static.bytes import Traffic
-from mumoe_fast.bench.static.compile import Result
+from mumoe_fast.bench.static.compile import Job, Result, blocks_of
 from mumoe_fast.bench.static.occupancy import ARCHITECTURES
 from mumoe_fast.bench.static.sass import Binary
 
 WIDE_SHARE = 0.5  # of the bytes that a kernel's load instructions move; row statistics and biases are narrow by nature
 EXCESS = 1.3
 WARPGROUP_ROWS = 64
+RESIDENTS = 2  # blocks of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,17 @@ def _load_rules(binary: Binary, aligned: bool) -> Iterator[tuple[str, str]]:
         yield "16-byte loads", f"{binary.wide_share:.0%} of the bytes; loads {widths}"
 
 
+def _residence_rules(job: Job, binary: Binary, grid: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """While one block waits, for memory or at its end, another should compute: where there are blocks enough."""
+    architecture = ARCHITECTURES[job.architecture]
+    if prod(grid) > architecture.multiprocessors and blocks_of(job, binary) < RESIDENTS:
+        yield (
+            "residents",
+            f"{blocks_of(job, binary)} of {job.warps} warps, with {binary.registers} registers and {binary.shared} "
+            f"bytes shared; {prod(grid)} programs on {architecture.multiprocessors} multiprocessors",
+        )
+
+
 def _excuse(violation: Violation) -> Exemption | None:
     for one in EXEMPTIONS:
         if (
@@ -160,6 +173,7 @@ def judge_binary(result: Result) -> list[Violation]:
                 *_resource_rules(result.binary, job.architecture),
                 *_tensor_core_rules(result.binary, job.architecture),
                 *_load_rules(result.binary, use.aligned),
+                *_residence_rules(job, result.binary, use.grid),
             ]
         found += [
             _with_reason(Violation(rule, job.kernel, job.architecture, use.dtype, use.case, detail))
