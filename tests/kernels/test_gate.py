@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mumoe_fast.kernels import gate
-from mumoe_fast.kernels.configs import gate_forward_config, target_architecture
+from mumoe_fast.kernels.configs import FEW_TOKENS, gate_forward_config, target_architecture
 from mumoe_fast.kernels.gate import gate_backward, gate_forward
 from mumoe_fast.reference import Norm
 from mumoe_fast.testing.problems_gate import gate_problem
@@ -209,9 +209,15 @@ def test_same_bits_again(N: int, device: torch.device) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_which_gates_are_fused() -> None:
-    for name, widest in (("sm_80", 1024), ("sm_90", 1024), ("sm_100", 1024), ("gfx942", 512), ("interpreter", 32)):
-        with target_architecture(name):
-            for N, fused in ((widest, True), (widest + 1, False)):
-                config = gate_forward_config(torch.device("meta"), torch.bfloat16, torch.bfloat16, N)
-                assert (config is not None) == fused
+@pytest.mark.parametrize(
+    ("name", "widest", "widest_for_few"),
+    [("sm_80", 1024, 256), ("sm_90", 1024, 256), ("sm_100", 1024, 256), ("gfx942", 512, 256), ("interpreter", 32, 32)],
+)
+def test_which_gates_are_fused(name: str, widest: int, widest_for_few: int) -> None:
+    """With few tokens one program's stream of G takes longer than a GEMM's many."""
+    with target_architecture(name):
+        for T, N in ((FEW_TOKENS, widest_for_few), (FEW_TOKENS + 1, widest)):
+            for dtype in (torch.bfloat16, torch.float32):
+                for experts, fused in ((N, True), (N + 1, False)):
+                    config = gate_forward_config(torch.device("meta"), torch.bfloat16, dtype, experts, T)
+                    assert (config is not None) == fused
