@@ -49,7 +49,6 @@ LOGITS_BYTES = 64 * 2**20
 
 SMALLEST_DOT = 16  # experts: a level of fewer is padded
 
-Biases = Sequence[Tensor | None]  # one per level
 Needs = tuple[bool, bool, bool]  # which gradients: of z, of the weights, of the biases
 
 
@@ -180,13 +179,22 @@ def _logits_by_gemm(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return s if bias is None else s.add_(bias)
 
 
+def _every_bias(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return biases or [None] * len(weights)
+
+
 def _is_fused(z: Tensor, weight: Tensor) -> bool:
     """Whether a row of the level's experts fits in registers."""
     return gate_backward_config(z.device, z.dtype, len(weight), len(z)) is not None
 
 
 def _launch_levels(
-    kernel: Any, config: Config | None, z: Tensor, weights: Sequence[Tensor], biases: Biases, **arguments: Any
+    kernel: Any,
+    config: Config | None,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    **arguments: Any,
 ) -> None:
     """One launch for all the levels given, by the configuration of the widest, each with its own block of experts."""
     assert config is not None
@@ -217,28 +225,28 @@ def _launch_levels(
 
 def gate_forward(z: Tensor, weight: Tensor, bias: Tensor | None, *, norm: str, alpha: float, eps: float) -> Tensor:
     """a (T, N) of one level: see `gate_hierarchy_forward`."""
-    return gate_hierarchy_forward(z, [weight], [bias], norm=norm, alpha=alpha, eps=eps)[0]
+    return gate_hierarchy_forward(z, [weight], [] if bias is None else [bias], norm=norm, alpha=alpha, eps=eps)[0]
 
 
 def gate_hierarchy_forward(
-    z: Tensor, weights: Sequence[Tensor], biases: Biases, *, norm: str, alpha: float, eps: float
+    z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, norm: str, alpha: float, eps: float
 ) -> list[Tensor]:
-    """[a_e (T, N_e)], contiguous and in z's dtype, of z (T, I), weights (N_e, I) and biases (N_e,) or None.
+    """[a_e (T, N_e)], contiguous and in z's dtype, of z (T, I), weights (N_e, I) and biases (N_e,), empty without.
 
     norm is "layer" or "none". Where z is of a half type, weights and biases may be float32, autocast's master copies:
     they are cast when read.
     """
-    T, options = len(z), {"norm": norm, "alpha": alpha, "eps": eps}
+    T = len(z)
     a = [z.new_empty(T, len(weight)) for weight in weights]
-    levels = list(zip(weights, biases, a, strict=True))
+    levels = list(zip(weights, _every_bias(weights, biases), a, strict=True))
     for weight, bias, a_e in levels:
         if not _is_fused(z, weight):
             weight, bias = weight.to(z.dtype), None if bias is None else bias.to(z.dtype)
             for tokens in _chunks(T, len(weight)):
-                rows_forward(_logits_by_gemm(z[tokens], weight, bias), a_e[tokens], **options)
+                rows_forward(_logits_by_gemm(z[tokens], weight, bias), a_e[tokens], norm=norm, alpha=alpha, eps=eps)
     fused = [level for level in levels if _is_fused(z, level[0])]
     if fused:
-        weights, biases, outputs = zip(*fused, strict=True)
+        weights, fused_biases, outputs = zip(*fused, strict=True)
         widest, weight_dtype = max(map(len, weights)), max((x.dtype for x in weights), key=lambda dtype: dtype.itemsize)
         solvers = [solver_arguments(alpha, len(weight)) for weight in weights]
         _launch_levels(
@@ -246,7 +254,7 @@ def gate_hierarchy_forward(
             gate_forward_config(z.device, z.dtype, weight_dtype, widest, T),
             z,
             weights,
-            biases,
+            fused_biases,
             solvers=tuple(arguments["solver"] for arguments in solvers),
             a_ptrs=outputs,
             eps=eps,
@@ -261,7 +269,7 @@ def _logit_gradients(
     a: Sequence[Tensor],
     z: Tensor,
     weights: Sequence[Tensor],
-    biases: Biases,
+    biases: Sequence[Tensor],
     *,
     norm: str,
     alpha: float,
@@ -269,7 +277,7 @@ def _logit_gradients(
 ) -> list[Tensor]:
     """[ds_e (T, N_e)] in `logit_gradient_dtype`."""
     ds = [z.new_empty(x.shape, dtype=logit_gradient_dtype(z.dtype)) for x in a]
-    levels = list(zip(da, a, ds, weights, biases, strict=True))
+    levels = list(zip(da, a, ds, weights, _every_bias(weights, biases), strict=True))
     if norm == "none":  # the logits are not needed
         for da_e, a_e, ds_e, _, _ in levels:
             rows_backward(da_e, a_e, ds_e, norm=norm, alpha=alpha)
@@ -279,13 +287,13 @@ def _logit_gradients(
             rows_backward(da_e, a_e, ds_e, norm=norm, alpha=alpha, eps=eps, s=_logits_by_gemm(z, weight, bias))
     fused = [level for level in levels if _is_fused(z, level[3])]
     if fused:
-        upstream, forward, outputs, weights, biases = zip(*fused, strict=True)
+        upstream, forward, outputs, weights, fused_biases = zip(*fused, strict=True)
         _launch_levels(
             _gate_backward_kernel,
             gate_backward_config(z.device, z.dtype, max(map(len, weights)), len(z)),
             z,
             weights,
-            biases,
+            fused_biases,
             da=tuple(map(matrix, upstream)),
             a=tuple(map(matrix, forward)),
             ds_ptrs=outputs,
@@ -304,6 +312,11 @@ def _sum_of_products(ds: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def _added(totals: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
+    """The totals with the parts added to them in place; the parts where there are no totals yet."""
+    return [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
+
+
 def gate_backward(
     da: Tensor,
     a: Tensor,
@@ -318,12 +331,8 @@ def gate_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dz, dG and db of one level: see `gate_hierarchy_backward`."""
     options: dict[str, Any] = {"norm": norm, "alpha": alpha, "eps": eps, "needs": needs}
-    dz, (d_weight,), (d_bias,) = gate_hierarchy_backward([da], [a], z, [weight], [bias], **options)
-    return dz, d_weight, d_bias
-
-
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
+    dz, d_weights, d_biases = gate_hierarchy_backward([da], [a], z, [weight], [] if bias is None else [bias], **options)
+    return dz, d_weights[0] if d_weights else None, d_biases[0] if d_biases else None
 
 
 def gate_hierarchy_backward(
@@ -331,26 +340,25 @@ def gate_hierarchy_backward(
     a: Sequence[Tensor],
     z: Tensor,
     weights: Sequence[Tensor],
-    biases: Biases,
+    biases: Sequence[Tensor],
     *,
     norm: str,
     alpha: float,
     eps: float,
     needs: Needs = (True, True, True),
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """dz (T, I) in z's dtype, [dG_e (N_e, I)] and [db_e (N_e,)] in float32, each None where `needs` says so or b is.
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """dz (T, I) in z's dtype, [dG_e (N_e, I)] and [db_e (N_e,)] in float32, None or empty where `needs` says so.
 
     Levels too wide to be fused are worked through in chunks of tokens, as in forward: alive at most are a chunk's
     logits and their gradients.
     """
-    weights = [weight.to(z.dtype) for weight in weights]
-    biases = [None if bias is None else bias.to(z.dtype) for bias in biases]
+    weights, biases = [weight.to(z.dtype) for weight in weights], [bias.to(z.dtype) for bias in biases]
     needs_z, needs_weights, needs_biases = needs
     wide = sum(len(weight) for weight in weights if not _is_fused(z, weight))
     chunks = list(_chunks(len(z), wide)) if wide and len(z) else [slice(None)]
     dz = z.new_empty(z.shape) if needs_z and len(chunks) > 1 else None
-    d_weights: list[Tensor | None] = [None] * len(weights)
-    d_biases: list[Tensor | None] = [None] * len(weights)
+    d_weights: list[Tensor] = []
+    d_biases: list[Tensor] = []
     for tokens in chunks:
         upstream, forward, part = [x[tokens] for x in da], [x[tokens] for x in a], z[tokens]
         ds = _logit_gradients(upstream, forward, part, weights, biases, norm=norm, alpha=alpha, eps=eps)
@@ -359,9 +367,8 @@ def gate_hierarchy_backward(
             dz[tokens] = _sum_of_products(ds, weights)
         elif needs_z:
             dz = _sum_of_products(ds, weights).to(z.dtype)
-        for e, ds_e in enumerate(ds):
-            if needs_weights:
-                d_weights[e] = _added(d_weights[e], matmul_float32(ds_e.t(), part))
-            if needs_biases and biases[e] is not None:
-                d_biases[e] = _added(d_biases[e], column_sums(ds_e)[0])
+        if needs_weights:
+            d_weights = _added(d_weights, [matmul_float32(ds_e.t(), part) for ds_e in ds])
+        if needs_biases and biases:
+            d_biases = _added(d_biases, [column_sums(ds_e)[0] for ds_e in ds])
     return dz, d_weights, d_biases
