@@ -14,6 +14,8 @@ from functools import cache
 
 import torch
 
+FEW_TOKENS = 16  # tokens of one small tile: where launches and the latency of memory are the cost, not throughput
+
 
 @dataclass(frozen=True)
 class Config:
@@ -284,6 +286,36 @@ _GATE_FLOAT32 = {
 }
 
 
+# Few tokens: one program streams all of a level's G, 50-60 KB a µs at best, as long as enough of it is on the way. A
+# gate wider than 256 is quicker by a GEMM of many programs and the row kernel, although that is a launch more.
+_STAGE_BYTES = 2**15
+
+
+def _few_tokens_gate(block_t: int, weight_bytes: int, num_stages: int) -> tuple[Config, ...]:
+    """Classes whose every stage holds _STAGE_BYTES of G."""
+    return tuple(
+        _gate(block_t, block_n, _STAGE_BYTES // (block_n * weight_bytes), 4, num_stages) for block_n in (64, 128, 256)
+    )
+
+
+_FEW_TOKENS_GATE = {
+    "interpreter": (_gate(16, 16, 32, 1, 1), _gate(16, 32, 32, 1, 1)),
+    **dict.fromkeys(_GPUS, _few_tokens_gate(16, 2, 5)),
+    "gfx942": _few_tokens_gate(16, 2, 2),
+}
+# Autocast's master weights, and float32 tokens, whose dots have no tensor cores that would want 16 rows at a time.
+_FEW_TOKENS_GATE_MASTER = {
+    **_FEW_TOKENS_GATE,
+    **dict.fromkeys(_GPUS, _few_tokens_gate(16, 4, 5)),
+    "gfx942": _few_tokens_gate(16, 4, 2),
+}
+_FEW_TOKENS_GATE_FLOAT32 = {
+    "interpreter": (_gate(4, 16, 32, 1, 1), _gate(4, 32, 32, 1, 1)),
+    **dict.fromkeys(_GPUS, _few_tokens_gate(4, 4, 5)),
+    "gfx942": _few_tokens_gate(4, 4, 2),
+}
+
+
 def _holding(configs: tuple[Config, ...], N: int) -> Config | None:
     return next((config for config in configs if config.blocks["BLOCK_N"] >= N), None)
 
@@ -294,17 +326,25 @@ def entmax_rows_config(device: torch.device, N: int) -> tuple[Config, bool]:
     return config or _MULTI_PASS[architecture(device)], config is not None
 
 
-def gate_forward_config(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, N: int) -> Config | None:
+def gate_forward_config(
+    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, N: int, T: int
+) -> Config | None:
     """The configuration of the fused gate, or None where a row of N experts does not fit in registers."""
-    config = gate_backward_config(device, dtype, N)
-    if config is not None and weight_dtype != dtype:  # float32 master weights: tiles of twice the bytes, fewer of them
-        return replace(config, num_stages=min(config.num_stages, 2))
-    return config
+    config = gate_backward_config(device, dtype, N, T)
+    if config is None or weight_dtype == dtype:
+        return config
+    if T <= FEW_TOKENS:
+        return _holding(_FEW_TOKENS_GATE_MASTER[architecture(device)], N)
+    return replace(config, num_stages=min(config.num_stages, 2))  # float32 master weights: tiles of twice the bytes
 
 
-def gate_backward_config(device: torch.device, dtype: torch.dtype, N: int) -> Config | None:
+def gate_backward_config(device: torch.device, dtype: torch.dtype, N: int, T: int) -> Config | None:
     """As `gate_forward_config`, for backward, where the weight has z's dtype."""
-    return _holding((_GATE_FLOAT32 if dtype == torch.float32 else _GATE)[architecture(device)], N)
+    if T <= FEW_TOKENS:
+        table = _FEW_TOKENS_GATE_FLOAT32 if dtype == torch.float32 else _FEW_TOKENS_GATE
+    else:
+        table = _GATE_FLOAT32 if dtype == torch.float32 else _GATE
+    return _holding(table[architecture(device)], N)
 
 
 def columns_config(device: torch.device) -> Config:
