@@ -1,16 +1,15 @@
 """Tiles that the factorisations share: strided matrices, the contraction of a tile, and the gradients around it.
 
 Every factorisation contracts z with its input mode, every level's coefficients with an expert mode, and the result
-with its output mode; they differ in what happens to the tile in between. So a kernel is a few calls of `contract` and
-an epilogue, and a gradient is one such kernel followed by the vendor's GEMMs. With ``B = act(z) U_inᵀ`` and
-``A_e = a_e U_e``:
+with its output mode; they differ in what happens to the tile in between. So a kernel is a few products, each contracted
+there or made by the vendor's GEMM and read, and an epilogue, and a gradient is one such kernel followed by the vendor's
+GEMMs. With ``B = act(z) U_inᵀ`` and ``A_e = a_e U_e``:
 
     dz = (dB U_in) ⊙ act'(z),  dU_in = dBᵀ act(z),  da_e = dA_e U_eᵀ,  dU_e = a_eᵀ dA_e
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import gcd
 from typing import Any
 
@@ -32,6 +31,8 @@ from mumoe_fast.kernels._common import (
 )
 from mumoe_fast.kernels.configs import activation_backward_config
 
+Product = tuple[Any, ...]  # a product of two matrices as one kernel argument: see `product_tile`
+
 
 def matrix(x: Tensor) -> tuple[Any, ...]:
     """A 2-D tensor as one kernel argument, whatever its strides: see `distance` for how a kernel reads it.
@@ -43,12 +44,24 @@ def matrix(x: Tensor) -> tuple[Any, ...]:
     return (x, *(stride // power for stride, power in zip(x.stride(), powers, strict=True)), *map(tl.constexpr, powers))
 
 
-def expert_levels(coefficients: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Every level's a_e (T, N_e) and U_e (N_e, R) as one kernel argument, whatever the number of levels."""
-    return tuple(
-        (matrix(a), matrix(factor), len(factor) // alignment(len(factor)), tl.constexpr(alignment(len(factor))))
-        for a, factor in zip(coefficients, factors, strict=True)
-    )
+def contracted(x: Tensor, w: Tensor, activation: str = "none") -> Product:
+    """``act(x) w`` for x (T, K) and w (K, R), whose tiles the kernel contracts."""
+    K = len(w)
+    return matrix(x), matrix(w), K // alignment(K), tl.constexpr(alignment(K)), tl.constexpr(activation)
+
+
+def made(product: Tensor) -> Product:
+    """A product (T, R) that the vendor's GEMM has made, whose tiles the kernel reads."""
+    return (matrix(product),)
+
+
+def vendor_product(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """``act(x) w + bias`` (T, R) by the vendor's GEMM; act(x), a transient as large as x, by one pass before it."""
+    if activation != "none":
+        activated = x.new_empty(x.shape)
+        activation_pass(x, activation, None, activated)
+        x = activated
+    return torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
 
 
 @triton.jit
@@ -108,21 +121,25 @@ def contract(
 
 
 @triton.jit
-def contract_level(level, offs_t, offs_r, mask_t, mask_r, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """The float32 tile of ``A_e = a_e U_e`` for one of `expert_levels`."""
-    N = level[2] * level[3]
-    return contract(level[0], level[1], N, offs_t, offs_r, mask_t, mask_r, "none", BLOCK_K, PRECISION)
+def product_tile(product, offs_t, offs_r, mask_t, mask_r, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """The float32 tile of a product: read where it is `made`, and contracted where it is `contracted`."""
+    if len(product) == 1:
+        x = product[0]
+        return load(x[0] + distance(x, offs_t[:, None], offs_r[None, :]), mask_t[:, None] & mask_r[None, :])
+    else:
+        K = product[2] * product[3]
+        return contract(product[0], product[1], K, offs_t, offs_r, mask_t, mask_r, product[4], BLOCK_K, PRECISION)
 
 
 @triton.jit
-def times_level(x, level, T, offs_t, offs_r, mask_t, mask_r, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """The tile x ⊙ A_e.
+def times_product(x, product, T, offs_t, offs_r, mask_t, mask_r, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """The tile x times that of a product.
 
     In a loop of one round, whose length the compiler cannot know (T is not specialised): else it sinks the products of
     all levels to their last use, keeps every factor in registers until then, and spills.
     """
     for _ in range(tl.minimum(T, 1)):
-        x *= contract_level(level, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+        x *= product_tile(product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
     return x
 
 

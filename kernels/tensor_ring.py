@@ -28,13 +28,17 @@ from torch import Tensor
 from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
 from mumoe_fast.kernels._tiles import (
     contract,
+    contracted,
     expert_mode_gradients,
     grouped_blocks,
     input_mode_gradients,
+    made,
     matrix,
     offsets,
+    product_tile,
+    vendor_product,
 )
-from mumoe_fast.kernels.configs import tr_backward_config, tr_forward_config
+from mumoe_fast.kernels.configs import tr_backward_config, tr_forward_config, vendor_contracts
 
 _IN_TILE = 64  # entries of a padded A that a program may hold; larger ones are the vendor's GEMMs
 
@@ -62,21 +66,17 @@ def _column(x, column, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _tr_forward_kernel(
-    z,
-    in_core,
+    input_product,
     in_bias_ptr,
     levels,
     h_ptr,
     A_ptr,
     B_ptr,
     T,
-    I,
     P,
     M,
     R,
-    I_ALIGN: tl.constexpr,
     R_ALIGN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -86,7 +86,7 @@ def _tr_forward_kernel(
     GROUP_T: tl.constexpr,
 ):
     # With levels, A is contracted here and written for backward; without, it is read.
-    I, R = I * I_ALIGN, R * R_ALIGN
+    R = R * R_ALIGN
     block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_r, offs_p = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R), offsets(tl.program_id(1), BLOCK_P)
     mask_t, mask_r, mask_p = offs_t < T, offs_r < R, offs_p < P
@@ -105,7 +105,7 @@ def _tr_forward_kernel(
     h = tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
     for m in range(M):
         offs_mr = m * R + offs_r
-        B = contract(z, in_core, I, offs_t, offs_mr, mask_t, mask_r, ACTIVATION, BLOCK_K, PRECISION)
+        B = product_tile(input_product, offs_t, offs_mr, mask_t, mask_r, BLOCK_K, PRECISION)
         if in_bias_ptr is not None:
             B += load(in_bias_ptr + offs_mr, mask_r)[None, :]
         if B_ptr is not None and tl.program_id(1) == 0:
@@ -119,8 +119,7 @@ def _tr_forward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _tr_backward_kernel(
-    dy,
-    out_core,
+    output_product,
     A_ptr,
     B_ptr,
     h_ptr,
@@ -128,11 +127,9 @@ def _tr_backward_kernel(
     db_ptr,
     dA_ptr,
     T,
-    O,
     P,
     M,
     R,
-    O_ALIGN: tl.constexpr,
     R_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -143,7 +140,7 @@ def _tr_backward_kernel(
 ):
     # BLOCK_P rows of B and dB (there are M) stay in registers while the rows of dh (there are P) pass by. dA is a sum
     # over ranks: every block of them writes its own part.
-    O, R = O * O_ALIGN, R * R_ALIGN
+    R = R * R_ALIGN
     block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_r, offs_m = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R), offsets(tl.program_id(1), BLOCK_P)
     mask_t, mask_r, mask_m = offs_t < T, offs_r < R, offs_m < M
@@ -154,7 +151,7 @@ def _tr_backward_kernel(
     B, dB = load(B_ptr + offs, mask), tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
     for p in range(P):
         offs_pr = p * R + offs_r
-        dh = contract(dy, out_core, O, offs_t, offs_pr, mask_t, mask_r, "none", BLOCK_K, PRECISION)
+        dh = product_tile(output_product, offs_t, offs_pr, mask_t, mask_r, BLOCK_K, PRECISION)
         A_offs = (offs_t[:, None] * P + p) * M + offs_m[None, :]
         A_p = load(A_ptr + A_offs, mask_tm)
         if h_ptr is not None:
@@ -207,16 +204,21 @@ def tr_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, O), and A (T, P, M) and B (T, M, R) in the tensors' dtype if they are to be saved for backward, else empty.
 
-    h is computed from float32 tiles, written once, and multiplied with U_out by the vendor's GEMM.
+    h is computed from float32 tiles, or from what the vendor rounded of B, written once, and multiplied with U_out by the
+    vendor's GEMM. Where the vendor makes B, B is alive beside h even if it is not saved, and before them B and, with an
+    activation, one transient T×I.
     """
     (T, I), (M, R, _), P = z.shape, in_core.shape, expert_cores[0].shape[1]
-    config = tr_forward_config(z.device, z.dtype, P)
+    in_weight, made_B = in_core.flatten(0, 1).t(), None
+    if vendor_contracts("tr", z.device, z.dtype, T, I, activation):
+        made_B = vendor_product(z, in_weight, None if in_bias is None else in_bias.flatten(), activation)
+    config = tr_forward_config(z.device, z.dtype, T, rows=P, reads_B=made_B is not None)
     fused = _fits_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
     if fused:
         A = z.new_empty(T, P, M) if save else None
     else:
         *_, A = accumulate(_level_matrices(coefficients, expert_cores), torch.bmm)
-    B = z.new_empty(T, M, R) if save else None
+    B = made_B.view(T, M, R) if made_B is not None else z.new_empty(T, M, R) if save else None
     h = z.new_empty(T, P, R)
     blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
     launch(
@@ -224,21 +226,17 @@ def tr_forward(
         (blocks, triton.cdiv(P, config.blocks["BLOCK_P"])),
         config,
         z.device,
-        z=matrix(z),
-        in_core=matrix(in_core.flatten(0, 1).t()),
-        in_bias_ptr=None if in_bias is None else in_bias.contiguous(),
+        input_product=contracted(z, in_weight, activation) if made_B is None else made(made_B),
+        in_bias_ptr=None if in_bias is None or made_B is not None else in_bias.contiguous(),
         levels=_levels(coefficients, expert_cores) if fused else (),
         h_ptr=h,
         A_ptr=None if A is None else A.contiguous(),
-        B_ptr=B,
+        B_ptr=B if made_B is None else None,
         T=T,
-        I=I // alignment(I),
         P=P,
         M=M,
         R=R // alignment(R),
-        I_ALIGN=alignment(I),
         R_ALIGN=alignment(R),
-        ACTIVATION=activation,
         PRECISION=dot_precision(z.dtype),
         BLOCK_M=triton.next_power_of_2(M),
     )
@@ -263,11 +261,16 @@ def tr_backward(
     """dz, [da_e], [dU_e], dU_in, db, dU_out, each None where `needs` (one flag per argument) does not ask for it.
 
     A and B are what `tr_forward` saved. Weight gradients accumulate in float32 and come in the cores' dtype. Alive at
-    most: h (T, P, R) and dB (T, M, R), h freed after its GEMM, then dB beside dz and, with an activation, one T×I.
+    most: h (T, P, R), dB (T, M, R) and, where the vendor makes it, dh (T, P, R), then dB beside dz and, with an activation, one T×I.
     """
     needs_z, needs_a, needs_experts, needs_in, needs_bias, needs_out = needs
     (T, O), (_, P, M), R = dy.shape, A.shape, in_core.shape[1]
-    config = tr_backward_config(z.device, z.dtype, M, alignment(R, O) >= 8)
+    dh = None
+    if any((needs_z, needs_a, needs_experts, needs_in, needs_bias)) and vendor_contracts(
+        "tr", z.device, z.dtype, T, O, "none"
+    ):
+        dh = vendor_product(dy, out_core.flatten(1))
+    config = tr_backward_config(z.device, z.dtype, T, rows=M, wide=alignment(R, O) >= 8, reads_dh=dh is not None)
     blocks_t, blocks_r = triton.cdiv(T, config.blocks["BLOCK_T"]), triton.cdiv(R, config.blocks["BLOCK_R"])
     blocks_m = triton.cdiv(M, config.blocks["BLOCK_P"])
     # A program sees all of h = A B only where it holds all of B's rows.
@@ -280,8 +283,7 @@ def tr_backward(
         (blocks_t * blocks_r, blocks_m),
         config,
         z.device,
-        dy=matrix(dy),
-        out_core=matrix(out_core.flatten(1)),
+        output_product=contracted(dy, out_core.flatten(1)) if dh is None else made(dh),
         A_ptr=A.contiguous(),
         B_ptr=B.contiguous(),
         h_ptr=h if blocks_m == 1 else None,
@@ -289,14 +291,13 @@ def tr_backward(
         db_ptr=db,
         dA_ptr=dA,
         T=T,
-        O=O // alignment(O),
         P=P,
         M=M,
         R=R // alignment(R),
-        O_ALIGN=alignment(O),
         R_ALIGN=alignment(R),
         PRECISION=dot_precision(z.dtype),
     )
+    del dh
     d_out_core = None if h is None else torch.mm(dy.t(), h.flatten(1)).view(out_core.shape)
     del h
     nothing: list[Tensor | None] = [None] * len(coefficients)
