@@ -75,12 +75,12 @@ def _by_architecture(nvidia: Config, gfx942: Config, **others: Config) -> dict[s
 # rank of 352 over 22 multiprocessors, of 128 over 3. With four stages of 256 all of 768 features are on their way at
 # once, in place of one wave of loads for each 64.
 _FEW_TOKENS = 16
-_CP_FEW = _by_architecture(
+_FEW = _by_architecture(
     _contraction(16, 16, 256, 4, 4),
     gfx942=_contraction(16, 16, 256, 4, 2),
     interpreter=_contraction(16, 16, 32, 1, 1),
 )
-_CP_FEW_FLOAT32 = _by_architecture(
+_FEW_FLOAT32 = _by_architecture(
     _contraction(16, 16, 64, 4, 4),
     gfx942=_contraction(16, 16, 64, 4, 2),
     interpreter=_contraction(16, 16, 32, 1, 1),
@@ -110,7 +110,7 @@ def _cp_contracting(
 ) -> Mapping[str, Config]:
     """The table for T tokens: `many` where they are many and loads are wide, `small` for exact dots and narrow loads."""
     if T <= _FEW_TOKENS:
-        return _CP_FEW_FLOAT32 if dtype == torch.float32 else _CP_FEW
+        return _FEW_FLOAT32 if dtype == torch.float32 else _FEW
     if dtype == torch.float32 or not wide:
         return small
     return _CP_SOME if T <= _SOME_TOKENS and many is not _CP_BACKWARD_LEVELS else many
@@ -147,9 +147,6 @@ def activation_backward_config(device: torch.device) -> Config:
 # BLOCK_P rows of every token's small matrix (4 is the paper's rank) times BLOCK_R columns stay in registers: one such
 # tile going forward, two (B and dB) going back.
 
-_RING_FEW = _by_architecture(
-    _contraction(16, 16, 128, 4, 3), gfx942=_contraction(16, 16, 128, 4, 2), interpreter=_contraction(16, 16, 32, 1, 1)
-)
 _RING_FORWARD_FLOAT32 = _by_architecture(_contraction(32, 32, 16, 4, 3), gfx942=_contraction(32, 32, 32, 4, 2))
 _RING_FORWARD = _by_architecture(_contraction(64, 32, 64, 8, 3), gfx942=_contraction(64, 32, 64, 4, 2))
 # B is read: as wide as registers allow, since every block of ranks contracts A of its own.
@@ -159,22 +156,34 @@ _RING_BACKWARD = _by_architecture(_contraction(64, 32, 64, 8, 3), gfx942=_contra
 _RING_BACKWARD_NARROW = _by_architecture(_contraction(64, 16, 64, 8, 3), gfx942=_contraction(64, 16, 32, 8, 2))
 _RING_BACKWARD_FLOAT32 = _by_architecture(_contraction(32, 16, 32, 8, 3), gfx942=_contraction(32, 16, 32, 4, 2))
 # dh is read, and dA is a sum over ranks of which every block of them writes a part of its own.
-_RING_BACKWARD_READ = _by_architecture(_contraction(16, 64, 16, 4, 2), gfx942=_contraction(16, 64, 16, 4, 2))
+_RING_BACKWARD_READ = _by_architecture(_contraction(32, 32, 16, 4, 2), gfx942=_contraction(32, 32, 16, 4, 2))
+_RING_BACKWARD_READ_SMALL = _by_architecture(_contraction(16, 32, 16, 4, 2), gfx942=_contraction(16, 32, 16, 4, 2))
 
 
-def _with_rows(config: Config, rows: int) -> Config:
-    return replace(config, blocks={**config.blocks, "BLOCK_P": 1 if rows == 1 else 2 if rows == 2 else 4})
+def _with_blocks(config: Config, **blocks: int) -> Config:
+    return replace(config, blocks={**config.blocks, **blocks})
 
 
-def tr_forward_config(device: torch.device, dtype: torch.dtype, T: int, *, rows: int, reads_B: bool = False) -> Config:
-    """For the kernel that computes h, for an A of so many rows, from a B that it contracts or reads."""
-    if reads_B:
-        table = _RING_FORWARD_READ
-    elif dtype == torch.float32:
-        table = _RING_FORWARD_FLOAT32
-    else:
-        table = _RING_FEW if T <= _FEW_TOKENS else _RING_FORWARD
-    return _with_rows(table[architecture(device)], rows)
+def _rows_at_once(rows: int) -> int:
+    return 1 if rows == 1 else 2 if rows == 2 else 4
+
+
+def tr_forward_config(
+    device: torch.device, dtype: torch.dtype, T: int, *, rows: tuple[int, int], reads_B: bool = False
+) -> Config:
+    """For the kernel that computes h, for an A and a B of so many rows, from a B that it contracts or reads.
+
+    A program walks over B's rows, but for few tokens: there, if they are at most 4, it takes the same BLOCK_R columns of
+    B but of all rows, fewer ranks, so that a row's loads do not wait for the row before.
+    """
+    P, M = rows
+    few = T <= _FEW_TOKENS and not reads_B
+    half = _RING_FORWARD_READ if reads_B else _FEW if few else _RING_FORWARD
+    exact = _RING_FORWARD_READ if reads_B else _FEW_FLOAT32 if few else _RING_FORWARD_FLOAT32
+    config = (exact if dtype == torch.float32 else half)[architecture(device)]
+    at_once = _rows_at_once(M) if few and M <= 4 else 1
+    blocks = {"BLOCK_P": _rows_at_once(P), "BLOCK_M": at_once, "BLOCK_R": config.blocks["BLOCK_R"] // at_once}
+    return _with_blocks(config, **blocks)
 
 
 def tr_backward_config(
@@ -182,14 +191,14 @@ def tr_backward_config(
 ) -> Config:
     """For the kernel that computes dB and dA, for a B of so many rows; `wide` is whether R allows wide loads."""
     if reads_dh:
-        table = _RING_BACKWARD_READ
+        table = _RING_BACKWARD_READ if wide and dtype != torch.float32 else _RING_BACKWARD_READ_SMALL
+    elif T <= _FEW_TOKENS:
+        table = _FEW_FLOAT32 if dtype == torch.float32 else _FEW
     elif dtype == torch.float32:
         table = _RING_BACKWARD_FLOAT32
-    elif T <= _FEW_TOKENS:
-        table = _RING_FEW
     else:
         table = _RING_BACKWARD if wide else _RING_BACKWARD_NARROW
-    return _with_rows(table[architecture(device)], rows)
+    return _with_blocks(table[architecture(device)], BLOCK_P=_rows_at_once(rows))
 
 
 # --- Who contracts ----------------------------------------------------------------------------------------------------
@@ -222,7 +231,7 @@ _CP_VENDOR = {
 }
 _RING_VENDOR = {
     "interpreter": Crossover(tokens=17, contracted=32, activated=24),
-    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), Crossover(tokens=64, contracted=128, activated=64)),
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), Crossover(tokens=32, contracted=128, activated=64)),
 }
 _VENDOR_FLOAT32 = {
     "interpreter": Crossover(tokens=17, contracted=32, activated=24),

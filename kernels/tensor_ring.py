@@ -59,9 +59,42 @@ def _level_matrix(level, offs_t, mask_t, BLOCK_K: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def _column(x, column, BLOCK: tl.constexpr):
-    """One column of every matrix in a tile (BLOCK_T, rows, BLOCK)."""
-    return tl.sum(tl.where(tl.arange(0, BLOCK)[None, None, :] == column, x, 0.0), axis=2)
+def _columns(x, first, BLOCK: tl.constexpr):
+    """BLOCK columns of every matrix in a tile (BLOCK_T, rows, columns): one of them, or all."""
+    if BLOCK == x.shape[2]:
+        return x
+    else:
+        tl.static_assert(BLOCK == 1)
+        return tl.sum(tl.where(tl.arange(0, x.shape[2])[None, None, :] == first, x, 0.0), axis=2)[:, :, None]
+
+
+@triton.jit
+def _input_rows(
+    input_product,
+    in_bias_ptr,
+    B_ptr,
+    first,
+    M,
+    R,
+    offs_t,
+    offs_r,
+    mask_t,
+    mask_r,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of every token's B from `first` on, (BLOCK_T, BLOCK_M, BLOCK_R), one product; stored if there is a B_ptr."""
+    offs_m = first + tl.arange(0, BLOCK_M)
+    columns: tl.constexpr = BLOCK_M * offs_r.shape[0]
+    offs_mr = tl.reshape(offs_m[:, None] * R + offs_r[None, :], (columns,))
+    mask_mr = tl.reshape((offs_m < M)[:, None] & mask_r[None, :], (columns,))
+    B = product_tile(input_product, offs_t, offs_mr, mask_t, mask_mr, BLOCK_K, PRECISION)
+    if in_bias_ptr is not None:
+        B += load(in_bias_ptr + offs_mr, mask_mr)[None, :]
+    if B_ptr is not None and tl.program_id(1) == 0:
+        store(B_ptr + offs_t[:, None] * M * R + offs_mr[None, :], B, mask_t[:, None] & mask_mr[None, :])
+    return tl.reshape(B, (offs_t.shape[0], BLOCK_M, offs_r.shape[0]))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -78,9 +111,9 @@ def _tr_forward_kernel(
     R,
     R_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
@@ -91,27 +124,31 @@ def _tr_forward_kernel(
     offs_t, offs_r, offs_p = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R), offsets(tl.program_id(1), BLOCK_P)
     mask_t, mask_r, mask_p = offs_t < T, offs_r < R, offs_p < P
     A_rows = (offs_t[:, None] * P + offs_p[None, :]) * M
-    mask_tp, mask_tr = mask_t[:, None] & mask_p[None, :], mask_t[:, None] & mask_r[None, :]
+    mask_tp = mask_t[:, None] & mask_p[None, :]
     if len(levels) > 0:
         A = _level_matrix(levels[0], offs_t, mask_t, BLOCK_K, PRECISION)
         for e in tl.static_range(1, len(levels)):
             A_e = _level_matrix(levels[e], offs_t, mask_t, BLOCK_K, PRECISION)
             A = tl.sum(A[:, :, :, None] * A_e[:, None, :, :], axis=2)
         if A_ptr is not None and block_r == 0:
-            offs_m = tl.arange(0, BLOCK_M)
+            offs_m = tl.arange(0, A.shape[2])
             mask = mask_tp[:, :, None] & (offs_m < M)[None, None, :]
             store(A_ptr + A_rows[:, :, None] + offs_m[None, None, :], A, mask)
 
     h = tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
-    for m in range(M):
-        offs_mr = m * R + offs_r
-        B = product_tile(input_product, offs_t, offs_mr, mask_t, mask_r, BLOCK_K, PRECISION)
-        if in_bias_ptr is not None:
-            B += load(in_bias_ptr + offs_mr, mask_r)[None, :]
-        if B_ptr is not None and tl.program_id(1) == 0:
-            store(B_ptr + offs_t[:, None] * M * R + offs_mr[None, :], B, mask_tr)
-        A_m = _column(A, m, BLOCK_M) if len(levels) > 0 else load(A_ptr + A_rows + m, mask_tp)
-        h += A_m[:, :, None] * B[:, None, :]
+    for m in range(0, M, BLOCK_M):
+        B = _input_rows(
+            *(input_product, in_bias_ptr, B_ptr, m, M, R, offs_t, offs_r, mask_t, mask_r),
+            *(BLOCK_M, BLOCK_K, PRECISION),
+        )
+        if len(levels) > 0:
+            A_m = _columns(A, m, BLOCK_M)
+        else:
+            offs_m = m + tl.arange(0, BLOCK_M)
+            A_m = load(
+                A_ptr + A_rows[:, :, None] + offs_m[None, None, :], mask_tp[:, :, None] & (offs_m < M)[None, None, :]
+            )
+        h += tl.sum(A_m[:, :, :, None] * B[:, None, :, :], axis=2)
     offs_pr = offs_p[:, None] * R + offs_r[None, :]
     mask = mask_tp[:, :, None] & mask_r[None, None, :]
     store(h_ptr + offs_t[:, None, None] * P * R + offs_pr[None, :, :], h, mask)
@@ -148,7 +185,8 @@ def _tr_backward_kernel(
     mask = mask_tm[:, :, None] & mask_r[None, None, :]
     offs_mr = offs_m[:, None] * R + offs_r[None, :]
     offs = offs_t[:, None, None] * M * R + offs_mr[None, :, :]
-    B, dB = load(B_ptr + offs, mask), tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
+    B = load(B_ptr + offs, mask)
+    dB = tl.where(mask, 0.0, B)  # zero in B's layout: another would be A's too, and a load for every entry
     for p in range(P):
         offs_pr = p * R + offs_r
         dh = product_tile(output_product, offs_t, offs_pr, mask_t, mask_r, BLOCK_K, PRECISION)
@@ -212,7 +250,7 @@ def tr_forward(
     in_weight, made_B = in_core.flatten(0, 1).t(), None
     if vendor_contracts("tr", z.device, z.dtype, T, I, activation):
         made_B = vendor_product(z, in_weight, None if in_bias is None else in_bias.flatten(), activation)
-    config = tr_forward_config(z.device, z.dtype, T, rows=P, reads_B=made_B is not None)
+    config = tr_forward_config(z.device, z.dtype, T, rows=(P, M), reads_B=made_B is not None)
     fused = _fits_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
     if fused:
         A = z.new_empty(T, P, M) if save else None
@@ -238,7 +276,6 @@ def tr_forward(
         R=R // alignment(R),
         R_ALIGN=alignment(R),
         PRECISION=dot_precision(z.dtype),
-        BLOCK_M=triton.next_power_of_2(M),
     )
     y = torch.mm(h.flatten(1), out_core.flatten(1).t())
     return (y, A, B) if save and A is not None and B is not None else (y, z.new_empty(0), z.new_empty(0))

@@ -50,6 +50,14 @@ def _gpt2(rank: int, factorization: str = "cp") -> tuple[Workload, Workload]:
     return up, replace(up, name=f"GPT-2 down, {ring}R {rank}", I=3072, O=768, activation="gelu")
 
 
+def _few(T: int) -> Iterator[Workload]:
+    """The paper's layer of its Table 6 and GPT-2's down projection, for so many tokens."""
+    layer = Workload(f"{T} tokens, Table 6", T=T, I=768, O=1000, R=352, N=(128,))
+    yield from (layer, replace(layer, name=f"{layer.name}, ring", R=96, factorization="tr"))
+    down = Workload(f"{T} tokens, GPT-2 down", T=T, I=3072, O=768, R=552, N=(256,), activation="gelu")
+    yield from (down, replace(down, name=f"{down.name}, ring", R=144, factorization="tr"))
+
+
 WORKLOADS = (
     *_gpt2(552),  # matched parameters: a multiple of 8
     *_gpt2(556),  # the paper's: rows of bfloat16 are no multiple of 16 bytes
@@ -64,6 +72,10 @@ WORKLOADS = (
     *_gpt2(144, "tr"),  # matched parameters
     *_gpt2(149, "tr"),  # the paper's
     Workload("final layer, ring, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tr"),
+    Workload("short rows, ring", T=4096, I=96, O=96, R=64, N=(64,), factorization="tr"),  # contracted by its own kernel
+    *_few(1),
+    *_few(16),
+    *_few(200),
     *(replace(workload, name=f"{workload.name}, Tucker", factorization="tucker") for workload in _gpt2(552)),
     Workload("Tucker, odd R", T=4096, I=768, O=1000, R=555, N=(64,), factorization="tucker"),
     Workload("Tucker, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tucker"),
