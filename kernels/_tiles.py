@@ -98,9 +98,11 @@ def contract(
 ):
     """The float32 tile act(x) w at (offs_t, offs_r), for the matrices x (T, K) and w (K, R).
 
-    The activation is computed in float32 and rounded to x's dtype, since that is what the tensor cores take.
+    The activation is computed in float32 and rounded to x's dtype, since that is what the tensor cores take. One token
+    is added up without them: in a tile of 16 rows for them 15 would be empty, but activated all the same.
     """
-    acc = tl.zeros((offs_t.shape[0], offs_r.shape[0]), tl.float32)
+    one_token: tl.constexpr = offs_t.shape[0] == 1
+    acc = tl.zeros((BLOCK_K if one_token else offs_t.shape[0], offs_r.shape[0]), tl.float32)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     x_ptrs = x[0] + distance(x, offs_t[:, None], offs_k[None, :])
     w_ptrs = w[0] + distance(w, offs_k[:, None], offs_r[None, :])
@@ -114,9 +116,14 @@ def contract(
         w_tile = load_operand(w_ptrs, mask_k[:, None] & mask_r[None, :])
         if w[0].dtype.element_ty != x[0].dtype.element_ty:  # autocast's float32 master weight
             w_tile = round_to(w_tile.to(tl.float32), x[0].dtype.element_ty)
-        acc = dot(x_tile, w_tile, acc, PRECISION)
+        if one_token:
+            acc += tl.trans(x_tile).to(tl.float32) * w_tile.to(tl.float32)
+        else:
+            acc = dot(x_tile, w_tile, acc, PRECISION)
         x_ptrs += x_step
         w_ptrs += w_step
+    if one_token:
+        acc = tl.sum(acc, axis=0)[None, :]
     return acc
 
 

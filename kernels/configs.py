@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -71,20 +71,34 @@ def _by_architecture(nvidia: Config, gfx942: Config, **others: Config) -> dict[s
     return {"interpreter": _CP_INTERPRETER, **known, "gfx942": gfx942, **others}
 
 
-# Few tokens take as long as their weights, of which a multiprocessor streams some 50 KB/µs: tiles of 16 ranks spread a
-# rank of 352 over 22 multiprocessors, of 128 over 3. With four stages of 256 all of 768 features are on their way at
-# once, in place of one wave of loads for each 64.
+# Few tokens take as long as their weights, of which a multiprocessor streams some 50 KB/µs. One token is multiplied
+# without tensor cores, so tiles can be narrow: 8 ranks spread a rank of 352 over 44 multiprocessors, where 128 used 3,
+# and all of 1,024 features are on their way at once. Up to 16 tokens, the least that tensor cores take, 16 ranks are 22
+# programs, and six stages have 640 of 768 features on their way.
+_ONE = _by_architecture(
+    _contraction(1, 8, 1024, 4, 1), gfx942=_contraction(1, 8, 1024, 4, 1), interpreter=_contraction(1, 8, 32, 1, 1)
+)
+_ONE_FLOAT32 = _by_architecture(
+    _contraction(1, 8, 512, 4, 1), gfx942=_contraction(1, 8, 512, 4, 1), interpreter=_contraction(1, 8, 32, 1, 1)
+)
 _FEW_TOKENS = 16
 _FEW = _by_architecture(
-    _contraction(16, 16, 256, 4, 4),
-    gfx942=_contraction(16, 16, 256, 4, 2),
-    interpreter=_contraction(16, 16, 32, 1, 1),
+    _contraction(16, 16, 128, 4, 6), gfx942=_contraction(16, 16, 256, 4, 2), interpreter=_contraction(16, 16, 32, 1, 1)
 )
 _FEW_FLOAT32 = _by_architecture(
-    _contraction(16, 16, 64, 4, 4),
-    gfx942=_contraction(16, 16, 64, 4, 2),
-    interpreter=_contraction(16, 16, 32, 1, 1),
+    _contraction(16, 16, 64, 4, 4), gfx942=_contraction(16, 16, 64, 4, 2), interpreter=_contraction(16, 16, 32, 1, 1)
 )
+
+
+def _few(dtype: torch.dtype, T: int) -> Mapping[str, Config] | None:
+    """The table for T tokens, if they are few."""
+    if T > _FEW_TOKENS:
+        return None
+    if dtype == torch.float32:
+        return _ONE_FLOAT32 if T == 1 else _FEW_FLOAT32
+    return _ONE if T == 1 else _FEW
+
+
 # Some tokens: at 1,024 and a rank of 552, tiles of 128 × 128 are 40 blocks for 132 multiprocessors, of 64 × 64 144.
 _SOME_TOKENS = 1024
 _CP_SOME = _by_architecture(_contraction(64, 64, 64, 4, 4), gfx942=_contraction(64, 64, 64, 4, 2))
@@ -108,9 +122,10 @@ _CP_READ = _by_architecture(_contraction(32, 64, 16, 4, 1), gfx942=_contraction(
 def _cp_contracting(
     dtype: torch.dtype, T: int, wide: bool, many: Mapping[str, Config], small: Mapping[str, Config]
 ) -> Mapping[str, Config]:
-    """The table for T tokens: `many` where they are many and loads are wide, `small` for exact dots and narrow loads."""
-    if T <= _FEW_TOKENS:
-        return _FEW_FLOAT32 if dtype == torch.float32 else _FEW
+    """The table for T tokens: `many` where they are and loads are wide, `small` for exact dots and narrow loads."""
+    few = _few(dtype, T)
+    if few is not None:
+        return few
     if dtype == torch.float32 or not wide:
         return small
     return _CP_SOME if T <= _SOME_TOKENS and many is not _CP_BACKWARD_LEVELS else many
@@ -129,7 +144,7 @@ def cp_forward_config(
 def cp_backward_config(
     device: torch.device, dtype: torch.dtype, T: int, *, levels: int, wide: bool, reads_dh: bool = False
 ) -> Config:
-    """For the kernel that computes dB and every level's dA; `levels` is how many of them that takes, none for one dA."""
+    """For the kernel that computes dB and every level's dA; `levels` is how many dA take, none if there is one dA."""
     if reads_dh and levels == 0:
         return _CP_READ[architecture(device)]
     many, small = (_CP_BACKWARD_LEVELS, _CP_BACKWARD_LEVELS_SMALL) if levels else (_CP_BACKWARD, _CP_SMALL)
@@ -173,15 +188,17 @@ def tr_forward_config(
 ) -> Config:
     """For the kernel that computes h, for an A and a B of so many rows, from a B that it contracts or reads.
 
-    A program walks over B's rows, but for few tokens: there, if they are at most 4, it takes the same BLOCK_R columns of
-    B but of all rows, fewer ranks, so that a row's loads do not wait for the row before.
+    A program walks over B's rows, but for few tokens: there, if they are at most 4, its tile's columns are fewer ranks
+    of all rows, so that a row's loads do not wait for the row before.
     """
     P, M = rows
-    few = T <= _FEW_TOKENS and not reads_B
-    half = _RING_FORWARD_READ if reads_B else _FEW if few else _RING_FORWARD
-    exact = _RING_FORWARD_READ if reads_B else _FEW_FLOAT32 if few else _RING_FORWARD_FLOAT32
-    config = (exact if dtype == torch.float32 else half)[architecture(device)]
-    at_once = _rows_at_once(M) if few and M <= 4 else 1
+    few, at_once = _few(dtype, T), 1
+    table: Mapping[str, Config] = _RING_FORWARD_FLOAT32 if dtype == torch.float32 else _RING_FORWARD
+    if reads_B:
+        table = _RING_FORWARD_READ
+    elif few is not None:
+        table, at_once = few, _rows_at_once(M) if M <= 4 else 1
+    config = table[architecture(device)]
     blocks = {"BLOCK_P": _rows_at_once(P), "BLOCK_M": at_once, "BLOCK_R": config.blocks["BLOCK_R"] // at_once}
     return _with_blocks(config, **blocks)
 
@@ -190,52 +207,58 @@ def tr_backward_config(
     device: torch.device, dtype: torch.dtype, T: int, *, rows: int, wide: bool, reads_dh: bool = False
 ) -> Config:
     """For the kernel that computes dB and dA, for a B of so many rows; `wide` is whether R allows wide loads."""
+    few, wide = _few(dtype, T), wide and dtype != torch.float32
+    narrow = _RING_BACKWARD_FLOAT32 if dtype == torch.float32 else _RING_BACKWARD_NARROW
+    table: Mapping[str, Config] = _RING_BACKWARD if wide else narrow
     if reads_dh:
-        table = _RING_BACKWARD_READ if wide and dtype != torch.float32 else _RING_BACKWARD_READ_SMALL
-    elif T <= _FEW_TOKENS:
-        table = _FEW_FLOAT32 if dtype == torch.float32 else _FEW
-    elif dtype == torch.float32:
-        table = _RING_BACKWARD_FLOAT32
-    else:
-        table = _RING_BACKWARD if wide else _RING_BACKWARD_NARROW
+        table = _RING_BACKWARD_READ if wide else _RING_BACKWARD_READ_SMALL
+    elif few is not None:
+        table = few
     return _with_blocks(table[architecture(device)], BLOCK_P=_rows_at_once(rows))
 
 
 # --- Who contracts ----------------------------------------------------------------------------------------------------
-# The vendor's GEMM makes a product of many tokens, which CP's or the ring's kernel then reads, where the GEMM's speed is
-# worth the bytes. Per token a product of R columns costs 2 R s bytes for its way to memory and back, and saves (1/e − 1)
-# of 2 K R operations, e being the kernel's speed over the GEMM's: with s = 2, 4.3 TB/s and 780 TFLOP/s (an H200's) that
-# breaks even at K = 850 for e = 0.7, CP's tile with its two accumulators, and at 2,000 for 0.85; where operations are
-# dearer beside bytes (sm_80, gfx942) later. The ring's tile of 64 × 32 asks L2 for a byte every 21 operations, which is
-# e = 0.15: K = 64. Exact float32 dots have no tensor cores in Triton.
+# The vendor's GEMM makes a product of many tokens, which CP's or the ring's kernel then reads, where the GEMM's speed
+# is worth the bytes. Per token a product of R columns costs 2 R s bytes for its way to memory and back, and saves
+# (1/e − 1) of 2 K R operations, e being the kernel's speed over the GEMM's: with s = 2, 4.3 TB/s and 780 TFLOP/s (an
+# H200's) that breaks even at K = 850 for e = 0.7, CP's tile with its two accumulators, and at 2,000 for 0.85; later
+# where operations are dearer beside bytes (sm_80, gfx942). The ring's tile of 64 × 32 asks L2 for a byte every 21
+# operations, which is e = 0.15: K = 64. Exact float32 dots have no tensor cores in Triton.
 # Through an activation the vendor moves 2 K s bytes more, but the kernel activates again in each of R / 128 blocks of
 # ranks, with 2 special functions an element of which 3.6e12 a second are done: a gain from K = 500 on for two blocks.
-# Few tokens are one launch's latency whatever K is, and another launch is 1.5 to 5 µs.
+# Few tokens are one launch's latency whatever K is, and another launch is 1.5 to 5 µs. But a tile of tensor cores
+# activates 16 rows however few are tokens, a warp all of its K: 20 µs at K = 3,072, where one token's tile takes 1.
 
 
-@dataclass(frozen=True)
-class Crossover:
-    """The fewest tokens, and the shortest contraction, plain or through an activation, that the vendor's GEMM makes."""
+class From(NamedTuple):
+    """The fewest tokens, and the shortest contraction, that the vendor's GEMM makes."""
 
     tokens: int
     contracted: int
-    activated: int
 
 
+class Crossover(NamedTuple):
+    """From where on the vendor contracts, plainly and through an activation."""
+
+    plain: From
+    activated: From
+
+
+_CROSSOVER_INTERPRETER = Crossover(From(17, 32), From(17, 24))
 _CP_VENDOR = {
-    "interpreter": Crossover(tokens=17, contracted=32, activated=24),
-    "sm_80": Crossover(tokens=128, contracted=1536, activated=512),
-    "sm_90": Crossover(tokens=128, contracted=1024, activated=512),
-    "sm_100": Crossover(tokens=128, contracted=1024, activated=512),
-    "gfx942": Crossover(tokens=128, contracted=1536, activated=512),
+    "interpreter": _CROSSOVER_INTERPRETER,
+    "sm_80": Crossover(From(128, 1536), From(2, 512)),
+    "sm_90": Crossover(From(128, 1024), From(2, 512)),
+    "sm_100": Crossover(From(128, 1024), From(2, 512)),
+    "gfx942": Crossover(From(128, 1536), From(2, 512)),
 }
 _RING_VENDOR = {
-    "interpreter": Crossover(tokens=17, contracted=32, activated=24),
-    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), Crossover(tokens=32, contracted=128, activated=64)),
+    "interpreter": _CROSSOVER_INTERPRETER,
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), Crossover(From(32, 128), From(2, 128))),
 }
 _VENDOR_FLOAT32 = {
-    "interpreter": Crossover(tokens=17, contracted=32, activated=24),
-    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), Crossover(tokens=32, contracted=32, activated=32)),
+    "interpreter": _CROSSOVER_INTERPRETER,
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), Crossover(From(17, 32), From(2, 128))),
 }
 
 
@@ -245,7 +268,8 @@ def vendor_contracts(
     """Whether the vendor's GEMM makes ``act(x) w`` for x (T, K), to be read by the kernel of a factorisation."""
     half = _CP_VENDOR if factorization == "cp" else _RING_VENDOR
     crossover = (_VENDOR_FLOAT32 if dtype == torch.float32 else half)[architecture(device)]
-    return T >= crossover.tokens and K >= (crossover.contracted if activation == "none" else crossover.activated)
+    tokens, contracted = crossover.plain if activation == "none" else crossover.activated
+    return tokens <= T and contracted <= K
 
 
 # --- Bilinear contraction: Tucker's core and the full layer -----------------------------------------------------------

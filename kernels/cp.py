@@ -144,7 +144,8 @@ def _wide(R: int, contracted: int, expert_factors: Sequence[Tensor]) -> bool:
 
 def _made_level(a: Tensor, factor: Tensor) -> Tensor | None:
     """A_e (T, R) if it is the vendor's to contract."""
-    return vendor_product(a, factor) if vendor_contracts("cp", a.device, a.dtype, *a.shape, "none") else None
+    T, N = a.shape
+    return vendor_product(a, factor) if vendor_contracts("cp", a.device, a.dtype, T, N, "none") else None
 
 
 def _products(
@@ -234,9 +235,9 @@ def cp_backward(
     dh = None
     if (needs_A or needs_B or needs_bias) and vendor_contracts("cp", z.device, z.dtype, T, O, "none"):
         dh = vendor_product(dy, out_factor)
-    others, levels = (), ()  # a single level's dA needs no other level
-    if needs_A and len(expert_factors) > 1:
-        others = tuple(expert_factors)
+    others = expert_factors if needs_A and len(expert_factors) > 1 else ()  # a single level's dA needs no other level
+    levels: tuple[Product, ...] = ()
+    if others:
         levels = _products(list(map(_made_level, coefficients, others)), coefficients, others)
     wide = _wide(R, O, others)
     config = cp_backward_config(z.device, z.dtype, T, levels=len(levels), wide=wide, reads_dh=dh is not None)

@@ -52,20 +52,19 @@ def _level_matrix(level, offs_t, mask_t, BLOCK_K: tl.constexpr, PRECISION: tl.co
     BLOCK_COLUMNS: tl.constexpr = level[7]
     flat = tl.arange(0, BLOCK_ROWS * BLOCK_COLUMNS)
     row, column = flat // BLOCK_COLUMNS, flat % BLOCK_COLUMNS
-    entries, mask = (row * COLUMNS + column).to(tl.int64), (row < ROWS) & (column < COLUMNS)
+    if COLUMNS == BLOCK_COLUMNS:  # they lie side by side, which the compiler sees in terms of `flat` alone
+        entries, mask = flat, flat < ROWS * COLUMNS
+    else:
+        entries, mask = row * COLUMNS + column, (row < ROWS) & (column < COLUMNS)
     N = level[2] * level[3]
-    A = contract(level[0], level[1], N, offs_t, entries, mask_t, mask, "none", BLOCK_K, PRECISION)
+    A = contract(level[0], level[1], N, offs_t, entries.to(tl.int64), mask_t, mask, "none", BLOCK_K, PRECISION)
     return tl.reshape(A, (offs_t.shape[0], BLOCK_ROWS, BLOCK_COLUMNS))
 
 
 @triton.jit
-def _columns(x, first, BLOCK: tl.constexpr):
-    """BLOCK columns of every matrix in a tile (BLOCK_T, rows, columns): one of them, or all."""
-    if BLOCK == x.shape[2]:
-        return x
-    else:
-        tl.static_assert(BLOCK == 1)
-        return tl.sum(tl.where(tl.arange(0, x.shape[2])[None, None, :] == first, x, 0.0), axis=2)[:, :, None]
+def _column(x, column):
+    """One column of every matrix in a tile (BLOCK_T, rows, columns)."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[2])[None, None, :] == column, x, 0.0), axis=2)
 
 
 @triton.jit
@@ -84,7 +83,7 @@ def _input_rows(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of every token's B from `first` on, (BLOCK_T, BLOCK_M, BLOCK_R), one product; stored if there is a B_ptr."""
+    """BLOCK_M rows of every token's B, (BLOCK_T, BLOCK_M BLOCK_R) by one product, and stored if there is a B_ptr."""
     offs_m = first + tl.arange(0, BLOCK_M)
     columns: tl.constexpr = BLOCK_M * offs_r.shape[0]
     offs_mr = tl.reshape(offs_m[:, None] * R + offs_r[None, :], (columns,))
@@ -94,7 +93,7 @@ def _input_rows(
         B += load(in_bias_ptr + offs_mr, mask_mr)[None, :]
     if B_ptr is not None and tl.program_id(1) == 0:
         store(B_ptr + offs_t[:, None] * M * R + offs_mr[None, :], B, mask_t[:, None] & mask_mr[None, :])
-    return tl.reshape(B, (offs_t.shape[0], BLOCK_M, offs_r.shape[0]))
+    return B
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -135,20 +134,27 @@ def _tr_forward_kernel(
             mask = mask_tp[:, :, None] & (offs_m < M)[None, None, :]
             store(A_ptr + A_rows[:, :, None] + offs_m[None, None, :], A, mask)
 
-    h = tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
-    for m in range(0, M, BLOCK_M):
+    if BLOCK_M == 1:
+        h = tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
+        for m in range(M):
+            B = _input_rows(
+                *(input_product, in_bias_ptr, B_ptr, m, M, R, offs_t, offs_r, mask_t, mask_r),
+                *(BLOCK_M, BLOCK_K, PRECISION),
+            )
+            A_m = _column(A, m) if len(levels) > 0 else load(A_ptr + A_rows + m, mask_tp)
+            h += A_m[:, :, None] * B[:, None, :]
+    else:  # all rows
         B = _input_rows(
-            *(input_product, in_bias_ptr, B_ptr, m, M, R, offs_t, offs_r, mask_t, mask_r),
+            *(input_product, in_bias_ptr, B_ptr, 0, M, R, offs_t, offs_r, mask_t, mask_r),
             *(BLOCK_M, BLOCK_K, PRECISION),
         )
-        if len(levels) > 0:
-            A_m = _columns(A, m, BLOCK_M)
-        else:
-            offs_m = m + tl.arange(0, BLOCK_M)
-            A_m = load(
+        B = tl.reshape(B, (BLOCK_T, BLOCK_M, BLOCK_R))
+        if len(levels) == 0:
+            offs_m = tl.arange(0, BLOCK_M)
+            A = load(
                 A_ptr + A_rows[:, :, None] + offs_m[None, None, :], mask_tp[:, :, None] & (offs_m < M)[None, None, :]
             )
-        h += tl.sum(A_m[:, :, :, None] * B[:, None, :, :], axis=2)
+        h = tl.sum(A[:, :, :, None] * B[:, None, :, :], axis=2)
     offs_pr = offs_p[:, None] * R + offs_r[None, :]
     mask = mask_tp[:, :, None] & mask_r[None, None, :]
     store(h_ptr + offs_t[:, None, None] * P * R + offs_pr[None, :, :], h, mask)
@@ -242,12 +248,13 @@ def tr_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, O), and A (T, P, M) and B (T, M, R) in the tensors' dtype if they are to be saved for backward, else empty.
 
-    h is computed from float32 tiles, or from what the vendor rounded of B, written once, and multiplied with U_out by the
-    vendor's GEMM. Where the vendor makes B, B is alive beside h even if it is not saved, and before them B and, with an
-    activation, one transient T×I.
+    h is computed from float32 tiles, or from what the vendor rounded of B, written once, and multiplied with U_out by
+    the vendor's GEMM. Where the vendor makes B, B is alive beside h even if it is not saved, and before them B and,
+    with an activation, one transient T×I.
     """
     (T, I), (M, R, _), P = z.shape, in_core.shape, expert_cores[0].shape[1]
-    in_weight, made_B = in_core.flatten(0, 1).t(), None
+    in_weight = in_core.flatten(0, 1).t()
+    made_B: Tensor | None = None
     if vendor_contracts("tr", z.device, z.dtype, T, I, activation):
         made_B = vendor_product(z, in_weight, None if in_bias is None else in_bias.flatten(), activation)
     config = tr_forward_config(z.device, z.dtype, T, rows=(P, M), reads_B=made_B is not None)
@@ -298,7 +305,8 @@ def tr_backward(
     """dz, [da_e], [dU_e], dU_in, db, dU_out, each None where `needs` (one flag per argument) does not ask for it.
 
     A and B are what `tr_forward` saved. Weight gradients accumulate in float32 and come in the cores' dtype. Alive at
-    most: h (T, P, R), dB (T, M, R) and, where the vendor makes it, dh (T, P, R), then dB beside dz and, with an activation, one T×I.
+    most: h (T, P, R), dB (T, M, R) and, where the vendor makes it, dh (T, P, R), then dB beside dz and, with an
+    activation, one T×I.
     """
     needs_z, needs_a, needs_experts, needs_in, needs_bias, needs_out = needs
     (T, O), (_, P, M), R = dy.shape, A.shape, in_core.shape[1]
