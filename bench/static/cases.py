@@ -90,6 +90,8 @@ SMALL_WORKLOADS = (
     Workload("small", T=192, I=256, O=272, R=264, N=(256,)),
     Workload("small, four levels", T=160, I=128, O=144, R=136, N=(128, 4, 4, 4), activation="gelu"),
     Workload("small ring", T=160, I=128, O=144, R=72, N=(128,), activation="gelu", factorization="tr"),
+    Workload("small ring, short rows", T=160, I=96, O=104, R=72, N=(128,), factorization="tr"),
+    Workload("small, vendor", T=136, I=1032, O=1040, R=136, N=(128,), activation="gelu"),
     Workload("small Tucker", T=160, I=64, O=72, R=136, N=(4, 2), activation="gelu", factorization="tucker"),
     Workload("small dense MoE", T=160, I=136, O=144, R=0, N=(3,), factorization="full"),
     Workload("small MxD", T=48, I=64, O=96, R=0, N=(300,), activation="gelu", factorization="mxd"),
@@ -148,7 +150,11 @@ def _starts_a_block(workload: Workload) -> bool:
 
 
 def _gpt2_experts(workload: Workload) -> bool:
-    return workload.name.startswith("GPT-2") and workload.factorization == "cp"
+    return "GPT-2" in workload.name and workload.factorization == "cp"
+
+
+def _gpt2_ring(workload: Workload) -> bool:
+    return "GPT-2" in workload.name and workload.factorization == "tr"
 
 
 def _matched_gpt2(workload: Workload) -> bool:
@@ -256,6 +262,7 @@ OPERATORS: tuple[Operator, ...] = (
         fits=_is_mxd,
     ),
     Operator(tensor_ring.tr_forward, _TR_CORES, {"activation": _activation, "save": True}, fits=_is_ring),
+    Operator(tensor_ring.tr_forward, _TR_CORES, {"activation": _activation, "save": False}, "inference", _gpt2_ring),
     Operator(
         tensor_ring.tr_backward,
         {"dy": "T O", **_TR_CORES, "A": "T P M", "B": "T M R"},

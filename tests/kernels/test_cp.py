@@ -91,8 +91,10 @@ def test_one_token(N: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     check(cp_problem(1, 67, 70, N, 21, activation="gelu", dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "bias"),
+    [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],
+)
 @pytest.mark.parametrize("N", [(19,), (6, 17), (3, 1, 5), (2, 3, 2, 4)])
 def test_levels(N: tuple[int, ...], bias: bool, dtype: torch.dtype, contractor: str, device: torch.device) -> None:
     check(cp_problem(18, 23, 11, N, 21, bias=bias, dtype=dtype, device=device))
@@ -184,7 +186,7 @@ def test_nothing_is_saved_without_gradients(N: tuple[int, ...], contractor: str,
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["none", "gelu", "relu"])
 def test_a_bad_token_poisons_its_own_rows_only(
     activation: str, value: float, contractor: str, device: torch.device
 ) -> None:
