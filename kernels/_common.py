@@ -166,13 +166,17 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
-    """Launch `kernel` on `device` with a `Config`; an empty grid launches nothing."""
-    described = Launch(kernel, grid, config, arguments)
-    if record(lambda: described) or 0 in grid:
+def perform(launch: Launch, device: torch.device) -> None:
+    """Launch it on `device`; an empty grid launches nothing."""
+    if record(lambda: launch) or 0 in launch.grid:
         return
     with on_device(device):
-        kernel[grid](**arguments, **config.blocks, **described.options)
+        launch.kernel[launch.grid](**launch.arguments, **launch.config.blocks, **launch.options)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
+    """Launch `kernel` on `device` with a `Config`; an empty grid launches nothing."""
+    perform(Launch(kernel, grid, config, arguments), device)
 
 
 def matmul_float32(x: Tensor, y: Tensor) -> Tensor:

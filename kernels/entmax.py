@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import Launch, launch, load, store
+from mumoe_fast.kernels._common import Launch, load, perform, store
 from mumoe_fast.kernels._entmax_solver import (
     MAX_STEPS,
     advance,
@@ -348,8 +348,7 @@ def _rows_launch(kernels: tuple[Any, Any], rows: Tensor, device: torch.device, a
 
 
 def _launch_rows(kernels: tuple[Any, Any], rows: Tensor, **arguments: Any) -> None:
-    described = _rows_launch(kernels, rows, rows.device, arguments)
-    launch(described.kernel, described.grid, described.config, rows.device, **described.arguments)
+    perform(_rows_launch(kernels, rows, rows.device, arguments), rows.device)
 
 
 def entmax_forward(x: Tensor, alpha: float) -> Tensor:

@@ -30,7 +30,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, matmul_float32, round_to, store
+from mumoe_fast.kernels._common import (
+    Launch,
+    alignment,
+    dot_precision,
+    load,
+    matmul_float32,
+    perform,
+    round_to,
+    store,
+)
 from mumoe_fast.kernels._entmax_solver import (
     entmax_gradient_tile,
     entmax_tile,
@@ -39,6 +48,7 @@ from mumoe_fast.kernels._entmax_solver import (
     layer_norm_tile,
     solver_arguments,
 )
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import contract, distance, matrix, offsets
 from mumoe_fast.kernels.batch_norm import column_sums, gate_logits_forward, logit_gradient_dtype
 from mumoe_fast.kernels.configs import Config, gate_backward_config, gate_forward_config
@@ -188,38 +198,58 @@ def _is_fused(z: Tensor, weight: Tensor) -> bool:
     return gate_backward_config(z.device, z.dtype, len(weight), len(z)) is not None
 
 
-def _launch_levels(
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _launch_of_levels(
     kernel: Any,
     config: Config | None,
     z: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    precision: str,
     **arguments: Any,
-) -> None:
+) -> Launch:
     """One launch for all the levels given, by the configuration of the widest, each with its own block of experts."""
     assert config is not None
     levels = tuple(
         (
             matrix(weight.t()),
-            None if bias is None else bias.contiguous(),
+            bias,
             len(weight),
             tl.constexpr(max(triton.next_power_of_2(len(weight)), SMALLEST_DOT)),
         )
         for weight, bias in zip(weights, biases, strict=True)
     )
     (T, I), blocks = z.shape, {name: block for name, block in config.blocks.items() if name != "BLOCK_N"}
-    launch(
-        kernel,
-        (triton.cdiv(T, blocks["BLOCK_T"]) * len(levels),),
-        replace(config, blocks=blocks),
-        z.device,
-        z=matrix(z),
-        levels=levels,
-        T=T,
-        I=I // alignment(I),
-        I_ALIGN=alignment(I),
-        PRECISION=dot_precision(z.dtype),
-        **arguments,
+    sizes = {"T": T, "I": I // alignment(I), "I_ALIGN": alignment(I), "PRECISION": precision}
+    grid = (triton.cdiv(T, blocks["BLOCK_T"]) * len(levels),)
+    return Launch(
+        kernel, grid, replace(config, blocks=blocks), {"z": matrix(z), "levels": levels, **sizes, **arguments}
+    )
+
+
+@planned
+def _launch_forward(
+    z: Tensor, *levels: Any, device: torch.device, norm: str, alpha: float, eps: float, precision: str
+) -> Launch:
+    """`levels` are every level's weight, then their biases or None, then their coefficients."""
+    E = len(levels) // 3
+    weights, biases, outputs = levels[:E], levels[E : 2 * E], levels[2 * E :]
+    widest, weight_dtype = max(map(len, weights)), max((x.dtype for x in weights), key=lambda dtype: dtype.itemsize)
+    return _launch_of_levels(
+        _gate_kernel,
+        gate_forward_config(device, z.dtype, weight_dtype, widest, len(z)),
+        z,
+        weights,
+        biases,
+        precision,
+        solvers=tuple(solver_arguments(alpha, len(weight))["solver"] for weight in weights),
+        a_ptrs=outputs,
+        eps=eps,
+        NORM=norm,
+        FAMILY=family(alpha),
     )
 
 
@@ -247,20 +277,8 @@ def gate_hierarchy_forward(
     fused = [level for level in levels if _is_fused(z, level[0])]
     if fused:
         weights, fused_biases, outputs = zip(*fused, strict=True)
-        widest, weight_dtype = max(map(len, weights)), max((x.dtype for x in weights), key=lambda dtype: dtype.itemsize)
-        solvers = [solver_arguments(alpha, len(weight)) for weight in weights]
-        _launch_levels(
-            _gate_kernel,
-            gate_forward_config(z.device, z.dtype, weight_dtype, widest, T),
-            z,
-            weights,
-            fused_biases,
-            solvers=tuple(arguments["solver"] for arguments in solvers),
-            a_ptrs=outputs,
-            eps=eps,
-            NORM=norm,
-            FAMILY=family(alpha),
-        )
+        dense, precision = map(_dense, fused_biases), dot_precision(z.dtype)
+        _launch_forward(z, *weights, *dense, *outputs, norm=norm, alpha=alpha, eps=eps, precision=precision)
     return a
 
 
@@ -288,12 +306,13 @@ def _logit_gradients(
     fused = [level for level in levels if _is_fused(z, level[3])]
     if fused:
         upstream, forward, outputs, weights, fused_biases = zip(*fused, strict=True)
-        _launch_levels(
+        described = _launch_of_levels(
             _gate_backward_kernel,
             gate_backward_config(z.device, z.dtype, max(map(len, weights)), len(z)),
             z,
             weights,
-            fused_biases,
+            list(map(_dense, fused_biases)),
+            dot_precision(z.dtype),
             da=tuple(map(matrix, upstream)),
             a=tuple(map(matrix, forward)),
             ds_ptrs=outputs,
@@ -301,6 +320,7 @@ def _logit_gradients(
             eps=eps,
             FAMILY=family(alpha),
         )
+        perform(described, z.device)
     return ds
 
 

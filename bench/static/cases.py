@@ -50,6 +50,14 @@ def _gpt2(rank: int, factorization: str = "cp") -> tuple[Workload, Workload]:
     return up, replace(up, name=f"GPT-2 down, {ring}R {rank}", I=3072, O=768, activation="gelu")
 
 
+def _few(T: int) -> Iterator[Workload]:
+    """The paper's layer of its Table 6 and GPT-2's down projection, for so many tokens."""
+    layer = Workload(f"{T} tokens, Table 6", T=T, I=768, O=1000, R=352, N=(128,))
+    yield from (layer, replace(layer, name=f"{layer.name}, ring", R=96, factorization="tr"))
+    down = Workload(f"{T} tokens, GPT-2 down", T=T, I=3072, O=768, R=552, N=(256,), activation="gelu")
+    yield from (down, replace(down, name=f"{down.name}, ring", R=144, factorization="tr"))
+
+
 WORKLOADS = (
     *_gpt2(552),  # matched parameters: a multiple of 8
     *_gpt2(556),  # the paper's: rows of bfloat16 are no multiple of 16 bytes
@@ -64,6 +72,10 @@ WORKLOADS = (
     *_gpt2(144, "tr"),  # matched parameters
     *_gpt2(149, "tr"),  # the paper's
     Workload("final layer, ring, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tr"),
+    Workload("short rows, ring", T=4096, I=96, O=96, R=64, N=(64,), factorization="tr"),  # contracted by its own kernel
+    *_few(1),
+    *_few(16),
+    *_few(200),
     *(replace(workload, name=f"{workload.name}, Tucker", factorization="tucker") for workload in _gpt2(552)),
     Workload("Tucker, odd R", T=4096, I=768, O=1000, R=555, N=(64,), factorization="tucker"),
     Workload("Tucker, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tucker"),
@@ -78,6 +90,8 @@ SMALL_WORKLOADS = (
     Workload("small", T=192, I=256, O=272, R=264, N=(256,)),
     Workload("small, four levels", T=160, I=128, O=144, R=136, N=(128, 4, 4, 4), activation="gelu"),
     Workload("small ring", T=160, I=128, O=144, R=72, N=(128,), activation="gelu", factorization="tr"),
+    Workload("small ring, short rows", T=160, I=96, O=104, R=72, N=(128,), factorization="tr"),
+    Workload("small, vendor", T=136, I=1032, O=1040, R=136, N=(128,), activation="gelu"),
     Workload("small Tucker", T=160, I=64, O=72, R=136, N=(4, 2), activation="gelu", factorization="tucker"),
     Workload("small dense MoE", T=160, I=136, O=144, R=0, N=(3,), factorization="full"),
     Workload("small MxD", T=48, I=64, O=96, R=0, N=(300,), activation="gelu", factorization="mxd"),
@@ -136,7 +150,11 @@ def _starts_a_block(workload: Workload) -> bool:
 
 
 def _gpt2_experts(workload: Workload) -> bool:
-    return workload.name.startswith("GPT-2") and workload.factorization == "cp"
+    return "GPT-2" in workload.name and workload.factorization == "cp"
+
+
+def _gpt2_ring(workload: Workload) -> bool:
+    return "GPT-2" in workload.name and workload.factorization == "tr"
 
 
 def _matched_gpt2(workload: Workload) -> bool:
@@ -244,6 +262,7 @@ OPERATORS: tuple[Operator, ...] = (
         fits=_is_mxd,
     ),
     Operator(tensor_ring.tr_forward, _TR_CORES, {"activation": _activation, "save": True}, fits=_is_ring),
+    Operator(tensor_ring.tr_forward, _TR_CORES, {"activation": _activation, "save": False}, "inference", _gpt2_ring),
     Operator(
         tensor_ring.tr_backward,
         {"dy": "T O", **_TR_CORES, "A": "T P M", "B": "T M R"},

@@ -95,7 +95,7 @@ def test_the_kernels_take_what_is_tried() -> None:
     other = next(steps(entry.current("sm_90")))
     with target_architecture("sm_90"), entry.using("sm_90", other):
         assert architecture(CPU) == "sm_90"
-        assert configs.cp_forward_config(CPU, torch.bfloat16, wide=True) == other
+        assert configs.cp_forward_config(CPU, torch.bfloat16, 24_576, wide=True) == other
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

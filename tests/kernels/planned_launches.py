@@ -73,7 +73,7 @@ def gate_call(T: int = 1, *, bias: bool = False, lead: int = 0, **changes: Any) 
         tensor(N, dtype=dtype, **where) if bias else None,
         tensor(T, N, dtype=dtype, **where),
     )
-    return Call(gate._launch_gate, tensors, {**options, **own}, **changes)
+    return Call(gate._launch_forward, tensors, {**options, **own}, **changes)
 
 
 def cp_call(
@@ -82,13 +82,13 @@ def cp_call(
     z = tensor(T, 2 * I)[:, ::2] if strided else tensor(T, I)
     kept = (tensor(T, R), tensor(T, R)) if save else (None, None)
     experts = (*(tensor(T, N) for _ in range(levels)), *(tensor(N, R) for _ in range(levels)))
-    tensors = (z, tensor(R, I), tensor(R), tensor(T, R), *kept, *experts)
+    tensors = (z, tensor(R, I), tensor(R), tensor(T, R), *kept, None, *experts, *[None] * levels)
     return Call(cp._launch_forward, tensors, {"activation": activation, "precision": "ieee"})
 
 
 def tr_call(T: int, ranks: tuple[int, int]) -> Call:
     P, M = ranks
-    tensors = (tensor(T, I), tensor(M, R, I), None, tensor(T, P, R), None, None, tensor(T, N), tensor(N, P, M))
+    tensors = (tensor(T, I), tensor(M, R, I), None, tensor(T, P, R), None, None, None, tensor(T, N), tensor(N, P, M))
     return Call(tensor_ring._launch_forward, tensors, {"activation": "none", "precision": "ieee"})
 
 
