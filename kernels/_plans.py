@@ -22,6 +22,7 @@ from mumoe_fast.kernels.configs import architecture
 
 MOST_PLANS = 4096  # of one launcher; then it begins anew, for whoever comes with ever other numbers of tokens
 _ALIGNMENT = 16  # bytes: all that the JIT asks about a pointer
+_plans: list[dict[Any, _Plan]] = []  # of every launcher
 
 
 def planned(describe: Callable[..., Launch]) -> Callable[..., None]:
@@ -29,9 +30,11 @@ def planned(describe: Callable[..., Launch]) -> Callable[..., None]:
 
     ``describe(*tensors, device=device, **options)`` is given stand-ins on the meta device. In the arguments of the
     `Launch` that it returns, in tuples of any depth, every tensor is a stand-in or a view that starts where one does.
-    It reads no other state than its arguments and the device's architecture, or a plan would outlive its reason.
+    It reads no other state than its arguments and the device's architecture, or a plan would outlive its reason: who
+    changes a configuration calls `forget_plans`.
     """
     plans: dict[Any, _Plan] = {}
+    _plans.append(plans)
 
     def launch_planned(first: Tensor, *others: Tensor | None, **options: Any) -> None:
         device, tensors = first.device, (first, *others)
@@ -54,6 +57,12 @@ def planned(describe: Callable[..., Launch]) -> Callable[..., None]:
             plan.launch(tensors)
 
     return launch_planned
+
+
+def forget_plans() -> None:
+    """Plan every launch anew, because what plans rest on, such as `configs`, has changed."""
+    for plans in _plans:
+        plans.clear()
 
 
 def _stand_in(x: Tensor) -> Tensor:

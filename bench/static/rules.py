@@ -44,7 +44,44 @@ _RING_ROWS = (
     "again, from L1 and L2, for each: registers do not hold the rows' accumulators side by side"
 )
 
+# What one resident block costs, and what two would. L2 is reckoned at 5.5 TB/s, a multiprocessor's share of memory at
+# 36 GB/s for 0.7 µs: 25 KB on the way. Bytes are those of half types.
+
+_ONE_TILE = (
+    "a GEMM's tile: two resident blocks have 128 registers a thread between eight warps and so half the tile each, and "
+    "ask L2 for 1.3 to 1.5 times the bytes (128×128 does 64 FLOP a byte, 350 TFLOP/s of L2; 128×64 does 43 and 235; "
+    "64×64 does 32). What one block leaves idle is less: num_stages hides the loop's loads, and the start and the end "
+    "of a tile are about 1.5 of its 13 µs (GPT-2 block). Exact float32 products wait for arithmetic, not for loads"
+)
+
+_ONE_RING_TILE = (
+    "four rows of accumulators, 64×32 each in half types, of h or of B and dB: with half the ranks two blocks would be "
+    "resident, and 64×16 asks L2 for 1.7 times the bytes (13 FLOP a byte, 64×32 does 21)"
+)
+
+_ONE_TILE_OF_ROWS = (
+    "entmax needs a token's whole row: 64×256 logits and the solver's copy take 128 of a thread's registers, which is "
+    "all that two resident blocks would have, and fewer than 64 tokens have no warp group's product. num_stages keeps "
+    "80 KB on the way, three times what a multiprocessor's share of memory needs"
+)
+
+_ONE_ROW = (
+    "16,384 entries and the solver's copy take 64 registers of each of 512 threads, which is all that two resident "
+    "blocks would have. All of a row, 32 KB, is on the way at once, more than a multiprocessor's share needs, "
+    "but nothing while the block solves: that is the loss"
+)
+
 EXEMPTIONS = (
+    *(
+        Exemption("residents", f"_{kernel}_kernel", reason)
+        for kernels, reason in (
+            (("cp_forward", "cp_backward", "decoder", "bilinear", "core_gradient"), _ONE_TILE),
+            (("tr_forward", "tr_backward"), _ONE_RING_TILE),
+            (("gate", "gate_backward"), _ONE_TILE_OF_ROWS),
+            (("rows", "rows_backward"), _ONE_ROW),
+        )
+        for kernel in kernels
+    ),
     *(Exemption("bytes", f"_{kernel}_kernel", _GATHERED) for kernel in ("gather_sum", "gather_dot", "segment_sum")),
     *(Exemption("bytes", f"_tr_{way}_kernel", _RING_ROWS) for way in ("forward", "backward")),
     Exemption(
