@@ -195,7 +195,7 @@ def _every_bias(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Sequence
 
 def _is_fused(z: Tensor, weight: Tensor) -> bool:
     """Whether a row of the level's experts fits in registers."""
-    return gate_backward_config(z.device, z.dtype, len(weight), len(z)) is not None
+    return gate_backward_config(z.device, z.dtype, weight.shape[0], z.shape[0]) is not None
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:
@@ -266,15 +266,17 @@ def gate_hierarchy_forward(
     norm is "layer" or "none". Where z is of a half type, weights and biases may be float32, autocast's master copies:
     they are cast when read.
     """
-    T = len(z)
-    a = [z.new_empty(T, len(weight)) for weight in weights]
-    levels = list(zip(weights, _every_bias(weights, biases), a, strict=True))
-    for weight, bias, a_e in levels:
-        if not _is_fused(z, weight):
-            weight, bias = weight.to(z.dtype), None if bias is None else bias.to(z.dtype)
-            for tokens in _chunks(T, len(weight)):
-                rows_forward(_logits_by_gemm(z[tokens], weight, bias), a_e[tokens], norm=norm, alpha=alpha, eps=eps)
-    fused = [level for level in levels if _is_fused(z, level[0])]
+    T = z.shape[0]
+    a = [z.new_empty(T, weight.shape[0]) for weight in weights]
+    fused = []
+    for level in zip(weights, _every_bias(weights, biases), a, strict=True):
+        weight, bias, a_e = level
+        if _is_fused(z, weight):
+            fused.append(level)
+            continue
+        weight, bias = weight.to(z.dtype), None if bias is None else bias.to(z.dtype)
+        for tokens in _chunks(T, len(weight)):
+            rows_forward(_logits_by_gemm(z[tokens], weight, bias), a_e[tokens], norm=norm, alpha=alpha, eps=eps)
     if fused:
         weights, fused_biases, outputs = zip(*fused, strict=True)
         dense, precision = map(_dense, fused_biases), dot_precision(z.dtype)
