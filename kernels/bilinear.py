@@ -46,7 +46,7 @@ from mumoe_fast.kernels.configs import FEW_TOKENS, bilinear_config, core_gradien
 # many as it holds, or of one block where M alone is larger.
 _DV_BUFFER = 2**24
 
-_JOINT = 256  # v_m of a token that a program with few tokens holds
+_JOINT = 128  # v_m of a token that a program with few tokens holds: of twice as many it spills
 
 
 def _stack(x: Tensor) -> tuple[Any, ...]:
