@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+_GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FEW_TOKENS = 16  # tokens of one small tile: where launches and the latency of memory are the cost, not throughput
 
 
@@ -306,6 +307,32 @@ def bilinear_config(device: torch.device, dtype: torch.dtype, wide: bool) -> Con
     return (_BILINEAR_FLOAT32 if dtype == torch.float32 else half)[architecture(device)]
 
 
+# Few tokens: a narrow strip of C for each of many programs, BLOCK_K of it at a time and several such on the way.
+# BLOCK_N runs over the experts of a level.
+
+
+def _strip(block_t: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+    blocks = {"BLOCK_T": block_t, "BLOCK_R": 16, "BLOCK_K": block_k, "BLOCK_N": 32}
+    return Config(blocks, num_warps, num_stages)
+
+
+_STRIP = {
+    "interpreter": _strip(16, 32, 1, 1),
+    **dict.fromkeys(_GPUS, _strip(16, 256, 2, 6)),
+    "gfx942": _strip(16, 256, 2, 2),
+}
+_STRIP_FLOAT32 = {
+    "interpreter": _strip(4, 32, 1, 1),
+    **dict.fromkeys(_GPUS, _strip(4, 128, 2, 6)),
+    "gfx942": _strip(4, 128, 2, 2),
+}
+
+
+def few_tokens_config(device: torch.device, dtype: torch.dtype) -> Config:
+    """For a sum of scaled products with few tokens."""
+    return (_STRIP_FLOAT32 if dtype == torch.float32 else _STRIP)[architecture(device)]
+
+
 def _core_gradient(block_t: int, block_k: int, block_r: int, num_warps: int, num_stages: int) -> Config:
     return Config({"BLOCK_T": block_t, "BLOCK_K": block_k, "BLOCK_R": block_r}, num_warps, num_stages)
 
@@ -346,7 +373,6 @@ _GPU_ROWS = (
     _rows(1, 8192, 16),
     _rows(1, 16384, 16),
 )
-_GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _ROWS = {"interpreter": (_rows(4, 16, 1), _rows(2, 64, 1)), **dict.fromkeys(_GPUS, _GPU_ROWS)}
 _MULTI_PASS = {"interpreter": _rows(2, 32, 1), **dict.fromkeys(_GPUS, _rows(1, 4096, 16)), "gfx942": _rows(1, 4096, 8)}
 

@@ -81,6 +81,16 @@ WORKLOADS = (
     Workload("Tucker, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tucker"),
     Workload("dense MoE up", T=4096, I=768, O=3072, R=0, N=(32,), factorization="full"),
     Workload("dense MoE down", T=4096, I=3072, O=768, R=0, N=(32,), activation="gelu", factorization="full"),
+    *(
+        Workload(f"one input, N {experts}", T=1, I=768, O=1000, R=rank, N=N, factorization=factorization)
+        for experts, N, rank, factorization in (
+            ("128", (128,), 0, "gate"),
+            ("256 × 4", (256, 4), 0, "gate"),
+            ("128, Tucker", (128,), 160, "tucker"),
+            ("128 × 4, Tucker", (128, 4), 88, "tucker"),
+            ("128, full", (128,), 0, "full"),
+        )
+    ),
     Workload("MxD, GPT-2", T=8192, I=768, O=768, R=0, N=(21_500,), factorization="mxd"),
     Workload("longest row, N 65,536", T=4096, I=768, O=0, R=0, N=(65_536,)),
 )
@@ -149,6 +159,10 @@ def _starts_a_block(workload: Workload) -> bool:
     return workload.activation == "none" and workload.factorization == "cp"
 
 
+def _is_gate(workload: Workload) -> bool:
+    return workload.factorization == "gate"
+
+
 def _gpt2_experts(workload: Workload) -> bool:
     return "GPT-2" in workload.name and workload.factorization == "cp"
 
@@ -214,6 +228,7 @@ def _dtype(case: Case) -> torch.dtype:
 _ENTMAX_FORWARD: dict[str, Shape | None] = {"x": "T N"}
 _ENTMAX_BACKWARD: dict[str, Shape | None] = {"da": "T N", "a": "T N"}
 _GATE: dict[str, Shape | None] = {"z": "T I", "weight": "N I", "bias": None}
+_GATES: dict[str, Shape | None] = {"z": "T I", "weights": ["N I"], "biases": []}
 _LAYER_NORM = {"norm": "layer", "alpha": 1.5, "eps": 1e-5}
 _NO_NORM = {**_LAYER_NORM, "norm": "none"}
 _BATCH: dict[str, Shape | None] = {"s": "T N float32", "mean": "N float32", "rstd": "N float32"}
@@ -233,6 +248,9 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(gate.gate_forward, {**_GATE, "bias": "N"}, _NO_NORM, "folded batch norm", _starts_a_block),
     Operator(gate.gate_backward, {**_ENTMAX_BACKWARD, **_GATE}, _LAYER_NORM, fits=_starts_a_block),
     Operator(gate.gate_backward, {**_ENTMAX_BACKWARD, **_GATE, "bias": "N"}, _NO_NORM, "no norm", _starts_a_block),
+    Operator(gate.gate_hierarchy_forward, _GATES, _LAYER_NORM, fits=_is_gate),
+    Operator(gate.gate_hierarchy_forward, {**_GATES, "weights": ["N I float32"]}, _LAYER_NORM, "autocast", _is_gate),
+    Operator(gate.gate_hierarchy_backward, {"da": ["T N"], "a": ["T N"], **_GATES}, _LAYER_NORM, fits=_is_gate),
     Operator(batch_norm.batch_norm_statistics, {"s": "T N float32"}, fits=_starts_a_block),
     Operator(
         batch_norm.batch_norm_statistics_backward,

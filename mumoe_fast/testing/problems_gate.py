@@ -206,7 +206,7 @@ def gate_hierarchy_problem(
 
     Eager adds up dz level by level in z's dtype, as autograd does.
     """
-    every_bias = biases or [None] * len(weights)
+    every_bias: Sequence[Tensor | None] = biases or [None] * len(weights)
     levels = [gate_problem(z, *level, **options) for level in zip(weights, every_bias, da, strict=True)]
 
     def together(answers: Sequence[Tensors], dtype: torch.dtype) -> Tensors:
