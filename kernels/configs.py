@@ -128,7 +128,7 @@ def _cp_contracting(
         return few
     if dtype == torch.float32 or not wide:
         return small
-    return _CP_SOME if T <= _SOME_TOKENS and many is not _CP_BACKWARD_LEVELS else many
+    return _CP_SOME if T <= _SOME_TOKENS else many
 
 
 def cp_forward_config(
@@ -165,7 +165,7 @@ def activation_backward_config(device: torch.device) -> Config:
 _RING_FORWARD_FLOAT32 = _by_architecture(_contraction(32, 32, 16, 4, 3), gfx942=_contraction(32, 32, 32, 4, 2))
 _RING_FORWARD = _by_architecture(_contraction(64, 32, 64, 8, 3), gfx942=_contraction(64, 32, 64, 4, 2))
 # B is read: as wide as registers allow, since every block of ranks contracts A of its own.
-_RING_FORWARD_READ = _by_architecture(_contraction(32, 64, 64, 4, 3), gfx942=_contraction(32, 64, 64, 4, 2))
+_RING_FORWARD_READ = _by_architecture(_contraction(32, 64, 64, 4, 3), gfx942=_contraction(32, 64, 128, 4, 2))
 _RING_BACKWARD = _by_architecture(_contraction(64, 32, 64, 8, 3), gfx942=_contraction(64, 32, 64, 4, 2))
 # Ranks that allow no wide loads need a pointer and a mask for every element: a narrower tile.
 _RING_BACKWARD_NARROW = _by_architecture(_contraction(64, 16, 64, 8, 3), gfx942=_contraction(64, 16, 32, 8, 2))
