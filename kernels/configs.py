@@ -86,7 +86,7 @@ _FEW = _by_architecture(
     _contraction(16, 16, 128, 4, 6), gfx942=_contraction(16, 16, 256, 4, 2), interpreter=_contraction(16, 16, 32, 1, 1)
 )
 _FEW_FLOAT32 = _by_architecture(
-    _contraction(16, 16, 64, 4, 4), gfx942=_contraction(16, 16, 64, 4, 2), interpreter=_contraction(16, 16, 32, 1, 1)
+    _contraction(16, 16, 32, 2, 6), gfx942=_contraction(16, 16, 64, 4, 2), interpreter=_contraction(16, 16, 32, 1, 1)
 )
 
 
