@@ -212,7 +212,7 @@ def tr_backward_config(
     table: Mapping[str, Config] = _RING_BACKWARD if wide else narrow
     if reads_dh:
         table = _RING_BACKWARD_READ if wide else _RING_BACKWARD_READ_SMALL
-    elif few is not None:
+    elif few is not None and few is not _FEW_FLOAT32:  # which has no registers for B and dB
         table = few
     return _with_blocks(table[architecture(device)], BLOCK_P=_rows_at_once(rows))
 
