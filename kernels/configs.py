@@ -89,7 +89,7 @@ _FEW = _by_architecture(
     _contraction(16, 16, 128, 4, 6), gfx942=_contraction(16, 16, 256, 4, 2), interpreter=_contraction(16, 16, 32, 1, 1)
 )
 _FEW_FLOAT32 = _by_architecture(
-    _contraction(16, 16, 64, 4, 4), gfx942=_contraction(16, 16, 64, 4, 2), interpreter=_contraction(16, 16, 32, 1, 1)
+    _contraction(16, 16, 32, 2, 6), gfx942=_contraction(16, 16, 64, 4, 2), interpreter=_contraction(16, 16, 32, 1, 1)
 )
 
 
@@ -131,7 +131,7 @@ def _cp_contracting(
         return few
     if dtype == torch.float32 or not wide:
         return small
-    return _CP_SOME if T <= _SOME_TOKENS and many is not _CP_BACKWARD_LEVELS else many
+    return _CP_SOME if T <= _SOME_TOKENS else many
 
 
 def cp_forward_config(
@@ -168,7 +168,7 @@ def activation_backward_config(device: torch.device) -> Config:
 _RING_FORWARD_FLOAT32 = _by_architecture(_contraction(32, 32, 16, 4, 3), gfx942=_contraction(32, 32, 32, 4, 2))
 _RING_FORWARD = _by_architecture(_contraction(64, 32, 64, 8, 3), gfx942=_contraction(64, 32, 64, 4, 2))
 # B is read: as wide as registers allow, since every block of ranks contracts A of its own.
-_RING_FORWARD_READ = _by_architecture(_contraction(32, 64, 64, 4, 3), gfx942=_contraction(32, 64, 64, 4, 2))
+_RING_FORWARD_READ = _by_architecture(_contraction(32, 64, 64, 4, 3), gfx942=_contraction(32, 64, 128, 4, 2))
 _RING_BACKWARD = _by_architecture(_contraction(64, 32, 64, 8, 3), gfx942=_contraction(64, 32, 64, 4, 2))
 # Ranks that allow no wide loads need a pointer and a mask for every element: a narrower tile.
 _RING_BACKWARD_NARROW = _by_architecture(_contraction(64, 16, 64, 8, 3), gfx942=_contraction(64, 16, 32, 8, 2))
@@ -215,7 +215,7 @@ def tr_backward_config(
     table: Mapping[str, Config] = _RING_BACKWARD if wide else narrow
     if reads_dh:
         table = _RING_BACKWARD_READ if wide else _RING_BACKWARD_READ_SMALL
-    elif few is not None:
+    elif few is not None and few is not _FEW_FLOAT32:  # which has no registers for B and dB
         table = few
     return _with_blocks(table[architecture(device)], BLOCK_P=_rows_at_once(rows))
 

@@ -11,7 +11,9 @@ Backward:
     dA_e = (A_1 ⋯ A_{e−1})ᵀ dA (A_{e+1} ⋯ A_E)ᵀ
 
 and from dB and dA_e the gradients of the input and expert modes as `_tiles` has them. Both kernels walk over the
-matrices' rows one at a time, so that a GEMM tile is never wider than BLOCK_R and meets its row of A in the epilogue.
+matrices' rows one at a time, so that a GEMM tile is never wider than BLOCK_R and meets its row of A in the epilogue;
+for few tokens, whose tiles are narrow, forward takes all rows in one. `vendor_contracts` says of B and dh whether the
+kernel contracts them, so that they never go to memory, or the vendor's GEMM makes them and the kernel reads their rows.
 """
 
 from __future__ import annotations
@@ -343,8 +345,7 @@ def tr_backward(
     """dz, [da_e], [dU_e], dU_in, db, dU_out, each None where `needs` (one flag per argument) does not ask for it.
 
     A and B are what `tr_forward` saved. Weight gradients accumulate in float32 and come in the cores' dtype. Alive at
-    most: h (T, P, R), dB (T, M, R) and, where the vendor makes it, dh (T, P, R), then dB beside dz and, with an
-    activation, one T×I.
+    most: h (T, P, R), dB (T, M, R) and, where the vendor makes it, dh (T, P, R), then dB beside dz.
     """
     needs_z, needs_a, needs_experts, needs_in, needs_bias, needs_out = needs
     (T, O), (_, P, M), R = dy.shape, A.shape, in_core.shape[1]

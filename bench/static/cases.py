@@ -51,11 +51,13 @@ def _gpt2(rank: int, factorization: str = "cp") -> tuple[Workload, Workload]:
 
 
 def _few(T: int) -> Iterator[Workload]:
-    """The paper's layer of its Table 6 and GPT-2's down projection, for so many tokens."""
+    """For so many tokens the layer of the paper's Table 6, one of four levels, and GPT-2's down projection."""
     layer = Workload(f"{T} tokens, Table 6", T=T, I=768, O=1000, R=352, N=(128,))
-    yield from (layer, replace(layer, name=f"{layer.name}, ring", R=96, factorization="tr"))
+    levels = replace(layer, name=f"{T} tokens, four levels", N=(128, 4, 4, 4))
     down = Workload(f"{T} tokens, GPT-2 down", T=T, I=3072, O=768, R=552, N=(256,), activation="gelu")
-    yield from (down, replace(down, name=f"{down.name}, ring", R=144, factorization="tr"))
+    for workload, ring_rank in ((layer, 96), (levels, 96), (down, 144)):
+        yield workload
+        yield replace(workload, name=f"{workload.name}, ring", R=ring_rank, factorization="tr")
 
 
 WORKLOADS = (

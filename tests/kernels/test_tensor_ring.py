@@ -112,13 +112,13 @@ def test_nothing_is_saved_without_gradients(contractor: str, device: torch.devic
 def test_a_bad_token_poisons_its_own_rows_only(contractor: str, device: torch.device) -> None:
     problem = tr_problem(20, 18, 9, (5, 4), (2, 3, 4, 18), activation="gelu", device=device)
     clean = results(problem)
-    z = problem.inputs["z"].clone()
-    z[3, 7] = z[18, 0] = float("nan")
-    poisoned = results(replace(problem, inputs=problem.inputs | {"z": z}))
-    others = [t for t in range(20) if t not in (3, 18)]
-    for name in ("y", "dz"):
+    z, dy = problem.inputs["z"].clone(), problem.dy.clone()
+    z[3, 7] = z[18, 0] = dy[11, 2] = float("nan")
+    poisoned = results(replace(problem, inputs=problem.inputs | {"z": z}, dy=dy))
+    others = [t for t in range(20) if t not in (3, 11, 18)]
+    for name, bad in {"y": [3, 18], "dz": [3, 11, 18], "da_0": [3, 11, 18], "da_1": [3, 11, 18]}.items():
         assert torch.equal(poisoned[name][others], clean[name][others])
-        assert poisoned[name][[3, 18]].isnan().any(1).all()
+        assert poisoned[name][bad].isnan().any(1).all()
 
 
 def test_twice_gives_the_same_bits_and_changes_no_argument(contractor: str, device: torch.device) -> None:
