@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -70,14 +70,22 @@ class Entry:
         config: Config = found[self._place(found)] if isinstance(found, tuple) else found
         return config
 
-    def using(self, architecture: str, config: Config) -> AbstractContextManager[object]:
+    @contextmanager
+    def using(self, architecture: str, config: Config) -> Iterator[None]:
         """The library with another configuration in this place."""
+        from mumoe_fast.kernels._plans import forget_plans
+
         table = self._table()
         found: Any = config
         if isinstance(table[architecture], tuple):
             place = self._place(table[architecture])
             found = (*table[architecture][:place], config, *table[architecture][place + 1 :])
-        return patch.dict(table, {architecture: found})
+        try:
+            with patch.dict(table, {architecture: found}):
+                forget_plans()
+                yield
+        finally:
+            forget_plans()
 
     def _table(self) -> dict[str, Any]:
         from mumoe_fast.kernels import configs

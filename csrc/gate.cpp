@@ -1,4 +1,5 @@
-// gate_forward, gate_backward: a = entmax(norm(z Gᵀ + b)), norm being layer norm over the experts or none.
+// gate_forward, gate_backward: a = entmax(norm(z Gᵀ + b)), norm being layer norm over the experts or none, and
+// gate_hierarchy_…: one level after the other, whose gradients of z are added up.
 //
 // Backward, with x̂ = norm(s), σ⁻¹ a row's inverse deviation and dx̂ entmax's sparse gradient (Σ dx̂ = 0):
 //
@@ -191,17 +192,75 @@ Tensor gate_forward(
   });
 }
 
+namespace {
+
+std::optional<Tensor> bias_of(const std::vector<Tensor>& biases, size_t e) {
+  return biases.empty() ? std::nullopt : std::optional(biases[e]);
+}
+
+// total += part
+template <class S>
+void add_to(const Tensor& total, const Tensor& part) {
+  Matrix<S> to = matrix<S>(total), from = matrix<S>(part);
+  parallel(to.rows, to.columns, [&](int64_t first, int64_t last) {
+    Scratch sum(to.columns);
+    for (int64_t t = first; t < last; ++t) {
+      rows_of<S>().widen(to[t], to.columns, sum.data());
+      rows_of<S>().add(from[t], to.columns, 1.0f, sum.data());
+      rows_of<S>().narrow(sum.data(), to.columns, to[t]);
+    }
+  });
+}
+
+std::vector<Tensor> gate_hierarchy_forward(
+    Tensor z, std::vector<Tensor> weights, std::vector<Tensor> biases, std::string norm, double alpha, double eps) {
+  std::vector<Tensor> a;
+  for (size_t e = 0; e < weights.size(); ++e) {
+    a.push_back(gate_forward(z, weights[e], bias_of(biases, e), norm, alpha, eps));
+  }
+  return a;
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> gate_hierarchy_backward(
+    std::vector<Tensor> da, std::vector<Tensor> a, Tensor z, std::vector<Tensor> weights, std::vector<Tensor> biases,
+    std::string norm, double alpha, double eps, std::vector<bool> needs) {
+  Tensor dz;
+  std::vector<Tensor> dweights, dbiases;
+  for (size_t e = 0; e < weights.size(); ++e) {
+    auto [dz_level, dweight, dbias] =
+        gate_backward(da[e], a[e], z, weights[e], bias_of(biases, e), norm, alpha, eps, needs);
+    if (needs[0] && e > 0) {
+      with_element(z, [&](auto element) { add_to<decltype(element)>(dz, dz_level); });
+    } else {
+      dz = dz_level;
+    }
+    if (needs[1]) dweights.push_back(dweight);
+    if (needs[2] && !biases.empty()) dbiases.push_back(dbias);
+  }
+  return {dz, dweights, dbiases};
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY_FRAGMENT(mumoe_native, library) {
   library.def(
       "gate_forward(Tensor z, Tensor weight, Tensor? bias, *, str norm, float alpha, float eps) -> Tensor");
   library.def(
       "gate_backward(Tensor da, Tensor a, Tensor z, Tensor weight, Tensor? bias, *, str norm, float alpha, float eps, "
       "bool[] needs) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "gate_hierarchy_forward(Tensor z, Tensor[] weights, Tensor[] biases, *, str norm, float alpha, float eps) -> "
+      "Tensor[]");
+  library.def(
+      "gate_hierarchy_backward(Tensor[] da, Tensor[] a, Tensor z, Tensor[] weights, Tensor[] biases, *, str norm, "
+      "float alpha, float eps, bool[] needs) -> (Tensor, Tensor[], Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mumoe_native, CPU, library) {
   library.impl("gate_forward", TORCH_BOX(&gate_forward));
   library.impl("gate_backward", TORCH_BOX(&gate_backward));
+  library.impl("gate_hierarchy_forward", TORCH_BOX(&gate_hierarchy_forward));
+  library.impl("gate_hierarchy_backward", TORCH_BOX(&gate_hierarchy_backward));
 }
 
 }  // namespace mumoe

@@ -10,8 +10,8 @@ should round: there `load_operand` hands out float32 values that the dtype can r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import gcd
@@ -123,12 +123,17 @@ def alignment(*sizes: int) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: what `launch` hands to Triton."""
+    """One kernel launch: what is handed to Triton."""
 
     kernel: Any
     grid: tuple[int, ...]
     config: Config
     arguments: Mapping[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the kernel is compiled."""
+        return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "enable_fp_fusion": True}
 
 
 _recording: ContextVar[list[Launch] | None] = ContextVar("mumoe_recorded_launches", default=None)
@@ -149,17 +154,35 @@ def record_launches(target: str) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
+def record(describe: Callable[[], Launch]) -> bool:
+    """Record a launch where they are recorded, unless its grid is empty; whether they are, and so are not to happen."""
+    launches = _recording.get()
+    if launches is None:
+        return False
+    described = describe()
+    if 0 not in described.grid:
+        launches.append(described)
+    return True
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """That GPU as the current one, on which Triton launches; entering a device that is current already costs time."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def perform(launch: Launch, device: torch.device) -> None:
+    """Launch it on `device`; an empty grid launches nothing."""
+    if record(lambda: launch) or 0 in launch.grid:
+        return
+    with on_device(device):
+        launch.kernel[launch.grid](**launch.arguments, **launch.config.blocks, **launch.options)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
     """Launch `kernel` on `device` with a `Config`; an empty grid launches nothing."""
-    if 0 in grid:
-        return
-    recording = _recording.get()
-    if recording is not None:
-        recording.append(Launch(kernel, grid, config, arguments))
-        return
-    options = {**config.blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments, **options, enable_fp_fusion=True)
+    perform(Launch(kernel, grid, config, arguments), device)
 
 
 def matmul_float32(x: Tensor, y: Tensor) -> Tensor:

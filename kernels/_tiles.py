@@ -1,16 +1,16 @@
 """Tiles that the factorisations share: strided matrices, the contraction of a tile, and the gradients around it.
 
 Every factorisation contracts z with its input mode, every level's coefficients with an expert mode, and the result
-with its output mode; they differ in what happens to the tile in between. So a kernel is a few calls of `contract` and
-an epilogue, and a gradient is one such kernel followed by the vendor's GEMMs. With ``B = act(z) U_inᵀ`` and
-``A_e = a_e U_e``:
+with its output mode; they differ in what happens to the tile in between. So a kernel is a few products, each contracted
+there or made by the vendor's GEMM and read, and an epilogue, and a gradient is one such kernel followed by the vendor's
+GEMMs. With ``B = act(z) U_inᵀ`` and ``A_e = a_e U_e``:
 
     dz = (dB U_in) ⊙ act'(z),  dU_in = dBᵀ act(z),  da_e = dA_e U_eᵀ,  dU_e = a_eᵀ dA_e
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -32,6 +32,8 @@ from mumoe_fast.kernels._common import (
 )
 from mumoe_fast.kernels.configs import activation_backward_config
 
+Product = tuple[Any, ...]  # a product of two matrices as one kernel argument: see `product_tile`
+
 
 def matrix(x: Tensor) -> tuple[Any, ...]:
     """A 2-D tensor as one kernel argument, whatever its strides: see `distance` for how a kernel reads it.
@@ -39,16 +41,39 @@ def matrix(x: Tensor) -> tuple[Any, ...]:
     The JIT only notices strides that divide by 16. A stride of 552 is passed as 69 · 8, its power of two as a constant,
     so that the compiler knows that rows start on 16 bytes and loads them that wide.
     """
-    powers = [gcd(16, stride) for stride in x.stride()]
-    return (x, *(stride // power for stride, power in zip(x.stride(), powers, strict=True)), *map(tl.constexpr, powers))
+    return (x, *_strides(x.stride()))
 
 
-def expert_levels(coefficients: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Every level's a_e (T, N_e) and U_e (N_e, R) as one kernel argument, whatever the number of levels."""
-    return tuple(
-        (matrix(a), matrix(factor), len(factor) // alignment(len(factor)), tl.constexpr(alignment(len(factor))))
-        for a, factor in zip(coefficients, factors, strict=True)
-    )
+@lru_cache(maxsize=1024)
+def _strides(strides: tuple[int, ...]) -> tuple[Any, ...]:
+    """Remembered: making the constants anew for every matrix of every launch takes the host longer than launching."""
+    powers = [gcd(16, stride) for stride in strides]
+    return (*(stride // power for stride, power in zip(strides, powers, strict=True)), *map(tl.constexpr, powers))
+
+
+@lru_cache(maxsize=1024)
+def aligned_size(n: int) -> tuple[int, Any]:
+    """A size inside a tuple of kernel arguments: without its power of two, and that as a constant. See `alignment`."""
+    return n // alignment(n), tl.constexpr(alignment(n))
+
+
+def contracted(x: Tensor, w: Tensor, activation: str = "none") -> Product:
+    """``act(x) w`` for x (T, K) and w (K, R), whose tiles the kernel contracts."""
+    return matrix(x), matrix(w), *aligned_size(len(w)), tl.constexpr(activation)
+
+
+def made(product: Tensor) -> Product:
+    """A product (T, R) that the vendor's GEMM has made, whose tiles the kernel reads."""
+    return (matrix(product),)
+
+
+def vendor_product(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """``act(x) w + bias`` (T, R) by the vendor's GEMM; act(x), a transient as large as x, by one pass before it."""
+    if activation != "none":
+        activated = x.new_empty(x.shape)
+        activation_pass(x, activation, None, activated)
+        x = activated
+    return torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
 
 
 @triton.jit
@@ -85,9 +110,11 @@ def contract(
 ):
     """The float32 tile act(x) w at (offs_t, offs_r), for the matrices x (T, K) and w (K, R).
 
-    The activation is computed in float32 and rounded to x's dtype, since that is what the tensor cores take.
+    The activation is computed in float32 and rounded to x's dtype, since that is what the tensor cores take. One token
+    is added up without them: in a tile of 16 rows for them 15 would be empty, but activated all the same.
     """
-    acc = tl.zeros((offs_t.shape[0], offs_r.shape[0]), tl.float32)
+    one_token: tl.constexpr = offs_t.shape[0] == 1
+    acc = tl.zeros((BLOCK_K if one_token else offs_t.shape[0], offs_r.shape[0]), tl.float32)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     x_ptrs = x[0] + distance(x, offs_t[:, None], offs_k[None, :])
     w_ptrs = w[0] + distance(w, offs_k[:, None], offs_r[None, :])
@@ -101,28 +128,37 @@ def contract(
         w_tile = load_operand(w_ptrs, mask_k[:, None] & mask_r[None, :])
         if w[0].dtype.element_ty != x[0].dtype.element_ty:  # autocast's float32 master weight
             w_tile = round_to(w_tile.to(tl.float32), x[0].dtype.element_ty)
-        acc = dot(x_tile, w_tile, acc, PRECISION)
+        if one_token:
+            acc += tl.trans(x_tile).to(tl.float32) * w_tile.to(tl.float32)
+        else:
+            acc = dot(x_tile, w_tile, acc, PRECISION)
         x_ptrs += x_step
         w_ptrs += w_step
+    if one_token:
+        acc = tl.sum(acc, axis=0)[None, :]
     return acc
 
 
 @triton.jit
-def contract_level(level, offs_t, offs_r, mask_t, mask_r, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """The float32 tile of ``A_e = a_e U_e`` for one of `expert_levels`."""
-    N = level[2] * level[3]
-    return contract(level[0], level[1], N, offs_t, offs_r, mask_t, mask_r, "none", BLOCK_K, PRECISION)
+def product_tile(product, offs_t, offs_r, mask_t, mask_r, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """The float32 tile of a product: read where it is `made`, and contracted where it is `contracted`."""
+    if len(product) == 1:
+        x = product[0]
+        return load(x[0] + distance(x, offs_t[:, None], offs_r[None, :]), mask_t[:, None] & mask_r[None, :])
+    else:
+        K = product[2] * product[3]
+        return contract(product[0], product[1], K, offs_t, offs_r, mask_t, mask_r, product[4], BLOCK_K, PRECISION)
 
 
 @triton.jit
-def times_level(x, level, T, offs_t, offs_r, mask_t, mask_r, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """The tile x ⊙ A_e.
+def times_product(x, product, T, offs_t, offs_r, mask_t, mask_r, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """The tile x times that of a product.
 
     In a loop of one round, whose length the compiler cannot know (T is not specialised): else it sinks the products of
     all levels to their last use, keeps every factor in registers until then, and spills.
     """
     for _ in range(tl.minimum(T, 1)):
-        x *= contract_level(level, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+        x *= product_tile(product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
     return x
 
 
@@ -183,21 +219,14 @@ def input_mode_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz (T, I) and dU_in (R, I) of ``B = act(z) U_inᵀ``, from dB (T, R).
 
-    With an activation act(z) is recomputed, and dz takes its place once dU_in has read it: one T×I is alive, where a
-    single pass over z for both would need two (and read z once less).
+    With an activation act(z) is recomputed by the pass that multiplies dz by its slope. Alive at most: dz and act(z).
     """
+    dz = torch.mm(dB, in_factor) if needs_z else None
     if activation == "none":
-        dz = torch.mm(dB, in_factor) if needs_z else None
         return dz, torch.mm(dB.t(), z) if needs_in_factor else None
-    buffer, d_in_factor = z.new_empty(z.shape), None
-    if needs_in_factor:
-        activation_pass(z, activation, dz=None, activated=buffer)
-        d_in_factor = torch.mm(dB.t(), buffer)
-    if not needs_z:
-        return None, d_in_factor
-    dz = torch.mm(dB, in_factor, out=buffer)
-    activation_pass(z, activation, dz=dz, activated=None)
-    return dz, d_in_factor
+    activated = z.new_empty(z.shape) if needs_in_factor else None
+    activation_pass(z, activation, dz, activated)
+    return dz, None if activated is None else torch.mm(dB.t(), activated)
 
 
 def expert_mode_gradients(

@@ -10,32 +10,37 @@ Backward:
 
 and from dB and dA_e the gradients of the input and expert modes as `_tiles` has them. z (T, I), a_e (T, N_e),
 U_e (N_e, R), U_in (R, I), b (R), U_out (O, R), y (T, O).
+
+A_e, B and dh are products of two matrices. `vendor_contracts` says of each whether the kernel contracts it, so that it
+never goes to memory, or the vendor's GEMM makes it and the kernel reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import Launch, alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import (
+    Product,
     column_sums,
-    contract,
-    contract_level,
-    expert_levels,
+    contracted,
     expert_mode_gradients,
     grouped_blocks,
     input_mode_gradients,
-    matrix,
+    made,
     offsets,
-    times_level,
+    product_tile,
+    times_product,
+    vendor_product,
 )
-from mumoe_fast.kernels.configs import cp_backward_config, cp_forward_config
+from mumoe_fast.kernels.configs import cp_backward_config, cp_forward_config, vendor_contracts
 
 
 class CPNeeds(NamedTuple):
@@ -51,49 +56,46 @@ class CPNeeds(NamedTuple):
 
 @triton.jit(do_not_specialize=["T"])
 def _cp_forward_kernel(
-    z,
-    in_factor,
-    in_bias_ptr,
     levels,
+    input_product,
+    in_bias_ptr,
     h_ptr,
     A_ptr,
     B_ptr,
     T,
-    I,
     R,
-    I_ALIGN: tl.constexpr,
     R_ALIGN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    I, R = I * I_ALIGN, R * R_ALIGN
+    R = R * R_ALIGN
     block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_r = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R)
     mask_t, mask_r = offs_t < T, offs_r < R
 
-    A = contract_level(levels[0], offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+    A = product_tile(levels[0], offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
     for e in tl.static_range(1, len(levels)):
-        A = times_level(A, levels[e], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
-    B = contract(z, in_factor, I, offs_t, offs_r, mask_t, mask_r, ACTIVATION, BLOCK_K, PRECISION)
+        A = times_product(A, levels[e], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+    B = product_tile(input_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
     if in_bias_ptr is not None:
         B += load(in_bias_ptr + offs_r, mask_r)[None, :]
 
+    # h may lie where B was read: a program writes no tile but the one that it has read.
     mask = mask_t[:, None] & mask_r[None, :]
     offs = offs_t[:, None] * R + offs_r[None, :]
     store(h_ptr + offs, A * B, mask)
     if A_ptr is not None:
         store(A_ptr + offs, A, mask)
+    if B_ptr is not None:
         store(B_ptr + offs, B, mask)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _cp_backward_kernel(
-    dy,
-    out_factor,
+    output_product,
     levels,
     A_ptr,
     B_ptr,
@@ -102,9 +104,7 @@ def _cp_backward_kernel(
     partial_ptr,
     dA_ptrs,
     T,
-    O,
     R,
-    O_ALIGN: tl.constexpr,
     R_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -112,14 +112,13 @@ def _cp_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    # dy U_out is contracted here and not by a GEMM of its own: dh never goes to memory and back (of the
-    # 7 T×R tensors otherwise moved, 2), and stays in float32.
-    O, R = O * O_ALIGN, R * R_ALIGN
+    R = R * R_ALIGN
     block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_r = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R)
     mask_t, mask_r = offs_t < T, offs_r < R
-    dh = contract(dy, out_factor, O, offs_t, offs_r, mask_t, mask_r, "none", BLOCK_K, PRECISION)
+    dh = product_tile(output_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
 
+    # dB may lie where dh was read.
     mask = mask_t[:, None] & mask_r[None, :]
     offs = offs_t[:, None] * R + offs_r[None, :]
     A = load(A_ptr + offs, mask)
@@ -135,13 +134,64 @@ def _cp_backward_kernel(
         dA = dh
         for other in tl.static_range(len(dA_ptrs)):
             if other != e:  # recomputed, since A / A_e would divide by coefficients that are zero
-                dA = times_level(dA, levels[other], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+                dA = times_product(dA, levels[other], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
         store(dA_ptrs[e] + offs, dA, mask)
 
 
 def _wide(R: int, contracted: int, expert_factors: Sequence[Tensor]) -> bool:
     """Whether rows of the large operands start on 16 bytes (in half types; a level of 4 experts is small enough)."""
     return alignment(R, contracted) >= 8 and all(alignment(len(factor)) >= 4 for factor in expert_factors)
+
+
+def _made_level(a: Tensor, factor: Tensor) -> Tensor | None:
+    """A_e (T, R) if it is the vendor's to contract."""
+    T, N = a.shape
+    return vendor_product(a, factor) if vendor_contracts("cp", a.device, a.dtype, T, N, "none") else None
+
+
+def _products(
+    levels: Sequence[Tensor | None], coefficients: Sequence[Tensor], expert_factors: Sequence[Tensor]
+) -> tuple[Product, ...]:
+    """Every level's A_e as one kernel argument, whatever the number of levels."""
+    return tuple(
+        contracted(a, factor) if A_e is None else made(A_e)
+        for A_e, a, factor in zip(levels, coefficients, expert_factors, strict=True)
+    )
+
+
+@planned
+def _launch_forward(
+    z: Tensor,
+    in_factor: Tensor,
+    in_bias: Tensor | None,
+    h: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    made_B: Tensor | None,
+    *levels: Any,
+    device: torch.device,
+    activation: str,
+    precision: str,
+) -> Launch:
+    """`levels` are every level's coefficients, then their factors, then what the vendor has made of both, or None."""
+    (T, R), I, E = h.shape, z.shape[1], len(levels) // 3
+    coefficients, expert_factors, made_levels = levels[:E], levels[E : 2 * E], levels[2 * E :]
+    reads = {"reads_A": E == 1 and made_levels[0] is not None, "reads_B": made_B is not None}
+    config = cp_forward_config(device, z.dtype, T, wide=_wide(R, I, expert_factors), **reads)
+    arguments = {
+        "levels": _products(made_levels, coefficients, expert_factors),
+        "input_product": contracted(z, in_factor.t(), activation) if made_B is None else made(made_B),
+        "in_bias_ptr": in_bias,
+        "h_ptr": h,
+        "A_ptr": A,
+        "B_ptr": B,
+        "T": T,
+        "R": R // alignment(R),
+        "R_ALIGN": alignment(R),
+        "PRECISION": precision,
+    }
+    grid = (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),)
+    return Launch(_cp_forward_kernel, grid, config, arguments)
 
 
 def cp_forward(
@@ -157,31 +207,32 @@ def cp_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, O), and A and B (T, R) in the tensors' dtype if they are to be saved for backward, else empty.
 
-    h is computed from the float32 A and B, written once, and multiplied with U_out by the vendor's GEMM.
+    h is computed from the float32 A and B, or from what the vendor rounded of them, written once, and multiplied with
+    U_out by the vendor's GEMM. Alive at most: A, B and h, unless they are saved h alone and what the vendor made; and
+    before them, where the vendor contracts through an activation, B and one transient T×I.
     """
     (T, I), (R, _) = z.shape, in_factor.shape
-    h = z.new_empty(T, R)
-    A, B = (z.new_empty(T, R), z.new_empty(T, R)) if save else (z.new_empty(0), z.new_empty(0))
-    config = cp_forward_config(z.device, z.dtype, _wide(R, I, expert_factors))
-    launch(
-        _cp_forward_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),),
-        config,
-        z.device,
-        z=matrix(z),
-        in_factor=matrix(in_factor.t()),
-        in_bias_ptr=in_bias,
-        levels=expert_levels(coefficients, expert_factors),
-        h_ptr=h,
-        A_ptr=A if save else None,
-        B_ptr=B if save else None,
-        T=T,
-        I=I // alignment(I),
-        R=R // alignment(R),
-        I_ALIGN=alignment(I),
-        R_ALIGN=alignment(R),
-        ACTIVATION=activation,
-        PRECISION=dot_precision(z.dtype),
+    made_B = None
+    if vendor_contracts("cp", z.device, z.dtype, T, I, activation):
+        made_B = vendor_product(z, in_factor.t(), in_bias, activation)
+    levels = list(map(_made_level, coefficients, expert_factors))
+    made_A = levels[0] if len(levels) == 1 else None
+    if save:
+        A, B = (z.new_empty(T, R) if x is None else x for x in (made_A, made_B))
+    else:
+        A, B = z.new_empty(0), z.new_empty(0)
+    h = z.new_empty(T, R) if save or made_B is None else made_B
+    _launch_forward(
+        z,
+        in_factor,
+        None if in_bias is None or made_B is not None else in_bias.contiguous(),
+        h,
+        A if save and made_A is None else None,
+        B if save and made_B is None else None,
+        made_B,
+        *(*coefficients, *expert_factors, *levels),
+        activation=activation,
+        precision=dot_precision(z.dtype),
     )
     return torch.mm(h, out_factor.t()), A, B
 
@@ -203,29 +254,35 @@ def cp_backward(
     """dz, [da_e], [dU_e], dU_in, db, dU_out, each None where it is not needed.
 
     A and B are what `cp_forward` saved. Weight gradients accumulate in float32 and come in the factors' dtype. Alive at
-    most: 2 + E transients T×R (h, dB and the dA_e, each freed after the GEMMs that read it, dB last), then dB beside
-    dz.
+    most: 2 + E transients T×R (h, dB and the dA_e, each freed after the GEMMs that read it, dB last; where the vendor
+    makes dh it lies where dB will, and of several levels those that the vendor makes are one more each until the dA_e
+    are there), then dB beside dz.
     """
     needs = CPNeeds(*needs)
     (T, O), R = dy.shape, len(in_factor)
     needs_A, needs_B = needs.coefficients or needs.expert_factors, needs.z or needs.in_factor
-    others = expert_factors if len(expert_factors) > 1 else ()
-    config = cp_backward_config(z.device, z.dtype, len(coefficients), _wide(R, O, others))
+    needs_bias = in_bias is not None and needs.in_bias
+    dh = None
+    if (needs_A or needs_B or needs_bias) and vendor_contracts("cp", z.device, z.dtype, T, O, "none"):
+        dh = vendor_product(dy, out_factor)
+    others = expert_factors if needs_A and len(expert_factors) > 1 else ()  # a single level's dA needs no other level
+    levels: tuple[Product, ...] = ()
+    if others:
+        levels = _products(list(map(_made_level, coefficients, others)), coefficients, others)
+    wide = _wide(R, O, others)
+    config = cp_backward_config(z.device, z.dtype, T, levels=len(levels), wide=wide, reads_dh=dh is not None)
     blocks_t, blocks_r = triton.cdiv(T, config.blocks["BLOCK_T"]), triton.cdiv(R, config.blocks["BLOCK_R"])
     h = z.new_empty(T, R) if needs.out_factor else None
-    dB = z.new_empty(T, R) if needs_B else None
+    dB = None if not needs_B else z.new_empty(T, R) if dh is None else dh
     dA = [z.new_empty(T, R) for _ in coefficients] if needs_A else []
-    partial = None
-    if in_bias is not None and needs.in_bias:
-        partial = z.new_empty(blocks_t, R, dtype=torch.float32)
+    partial = z.new_empty(blocks_t, R, dtype=torch.float32) if needs_bias else None
     launch(
         _cp_backward_kernel,
         (blocks_t * blocks_r,),
         config,
         z.device,
-        dy=matrix(dy),
-        out_factor=matrix(out_factor),
-        levels=expert_levels(coefficients, expert_factors),
+        output_product=contracted(dy, out_factor) if dh is None else made(dh),
+        levels=levels,
         A_ptr=A.contiguous(),
         B_ptr=B.contiguous(),
         h_ptr=h,
@@ -233,12 +290,11 @@ def cp_backward(
         partial_ptr=partial,
         dA_ptrs=tuple(dA),
         T=T,
-        O=O // alignment(O),
         R=R // alignment(R),
-        O_ALIGN=alignment(O),
         R_ALIGN=alignment(R),
         PRECISION=dot_precision(z.dtype),
     )
+    del dh, levels
     d_out_factor = None if h is None else torch.mm(dy.t(), h)
     del h
     d_coefficients: list[Tensor | None] = []

@@ -21,6 +21,7 @@ mostly from the caches, at every step of the solver: see `_entmax_multi_pass`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import append, launch, load, store
+from mumoe_fast.kernels._common import Launch, append, load, perform, store
 from mumoe_fast.kernels._entmax_multi_pass import (
     _rows_backward_multi_pass_kernel,
     _rows_multi_pass_kernel,
@@ -44,6 +45,7 @@ from mumoe_fast.kernels._entmax_solver import (
     layer_norm_tile,
     solver_arguments,
 )
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import matrix, offsets
 from mumoe_fast.kernels.configs import entmax_rows_config
 
@@ -138,18 +140,32 @@ def rows_forward(
     rstd: Tensor | None = None,
 ) -> None:
     """Write ``entmax(norm(s))`` of s (T, N) into the contiguous a (T, N); mean and rstd (N,) are batch norm's."""
-    _launch_rows(
-        (_rows_kernel, _rows_multi_pass_kernel),
-        s,
-        s=matrix(s),
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        a_ptr=a,
-        eps=eps,
-        NORM=norm,
-        LEARNED=False,
+    _launch_rows_forward(s, a, mean, rstd, norm=norm, alpha=alpha, eps=eps)
+
+
+@planned
+def _launch_rows_forward(
+    s: Tensor,
+    a: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    *,
+    device: torch.device,
+    norm: str,
+    alpha: float,
+    eps: float,
+) -> Launch:
+    arguments = {
+        "s": matrix(s),
+        "mean_ptr": mean,
+        "rstd_ptr": rstd,
+        "a_ptr": a,
+        "eps": eps,
+        "NORM": norm,
+        "LEARNED": False,
         **solver_arguments(alpha, max(s.shape[1], 1)),
-    )
+    }
+    return _rows_launch((_rows_kernel, _rows_multi_pass_kernel), s, device, arguments)
 
 
 def rows_backward(
@@ -181,15 +197,18 @@ def rows_backward(
     )
 
 
-def _launch_rows(kernels: tuple[Any, Any], rows: Tensor, **arguments: Any) -> None:
-    """Launch the first kernel if rows of this length fit in registers, else the second."""
+def _rows_launch(kernels: tuple[Any, Any], rows: Tensor, device: torch.device, arguments: Mapping[str, Any]) -> Launch:
+    """That of the first kernel if rows of this length fit in registers, else of the second."""
     T, N = rows.shape
-    config, in_registers = entmax_rows_config(rows.device, N)
+    config, in_registers = entmax_rows_config(device, N)
     grid = (triton.cdiv(T, config.blocks["BLOCK_T"]) if N else 0,)
     if in_registers:
-        launch(kernels[0], grid, config, rows.device, T=T, N=N, FULL=config.blocks["BLOCK_N"] == N, **arguments)
-    else:
-        launch(kernels[1], grid, config, rows.device, T=T, N=N, **arguments)
+        return Launch(kernels[0], grid, config, {"T": T, "N": N, "FULL": config.blocks["BLOCK_N"] == N, **arguments})
+    return Launch(kernels[1], grid, config, {"T": T, "N": N, **arguments})
+
+
+def _launch_rows(kernels: tuple[Any, Any], rows: Tensor, **arguments: Any) -> None:
+    perform(_rows_launch(kernels, rows, rows.device, arguments), rows.device)
 
 
 def entmax_forward(x: Tensor, alpha: float) -> Tensor:

@@ -21,21 +21,12 @@ from torch import Tensor
 
 from mumoe_fast.kernels._common import matmul_float32
 from mumoe_fast.kernels._tiles import activation_pass
-from mumoe_fast.kernels.bilinear import bilinear_backward, bilinear_forward, core_gradient
-
-
-def _activated(z: Tensor, activation: str) -> Tensor:
-    """act(z), or z itself."""
-    if activation == "none":
-        return z
-    x = z.new_empty(z.shape)
-    activation_pass(z, activation, None, x)
-    return x
+from mumoe_fast.kernels.bilinear import activated, bilinear_backward, bilinear_forward, core_gradient
 
 
 def full_forward(z: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str) -> Tensor:
     """y (T, O). The sum over experts is kept in float32."""
-    return bilinear_forward([a], _activated(z, activation), weight.mT, bias)
+    return bilinear_forward([a], activated(z, activation), weight.mT, bias)
 
 
 def full_backward(
@@ -53,7 +44,7 @@ def full_backward(
     Accumulated in float32, in the tensors' dtype. Alive at most: act(z), dz, and the buffer of `bilinear_backward`.
     """
     needs_z, needs_a, needs_weight, needs_bias = needs
-    x = _activated(z, activation) if needs_a or needs_weight else z
+    x = activated(z, activation) if needs_a or needs_weight else z
     d_weight = core_gradient(x, [a], dy) if needs_weight else None
     da, dz = bilinear_backward(dy, [a], x, weight.mT, needs_v=needs_a, needs_x=needs_z)
     if dz is not None and activation != "none":

@@ -139,7 +139,7 @@ def _decode(z: Tensor, out_factor: Tensor, activation: str) -> Tensor:
         return torch.mm(z, out_factor.t())
     (T, H), O = z.shape, len(out_factor)
     B = z.new_empty(T, O)
-    config = cp_forward_config(z.device, z.dtype, alignment(H, O) >= 8)
+    config = cp_forward_config(z.device, z.dtype, T, wide=alignment(H, O) >= 8)
     launch(
         _decoder_kernel,
         (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(O, config.blocks["BLOCK_R"]),),

@@ -11,12 +11,15 @@ Backward:
     dA_e = (A_1 ⋯ A_{e−1})ᵀ dA (A_{e+1} ⋯ A_E)ᵀ
 
 and from dB and dA_e the gradients of the input and expert modes as `_tiles` has them. Both kernels walk over the
-matrices' rows one at a time, so that a GEMM tile is never wider than BLOCK_R and meets its row of A in the epilogue.
+matrices' rows one at a time, so that a GEMM tile is never wider than BLOCK_R and meets its row of A in the epilogue;
+for few tokens, whose tiles are narrow, forward takes all rows in one. `vendor_contracts` says of B and dh whether the
+kernel contracts them, so that they never go to memory, or the vendor's GEMM makes them and the kernel reads their rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -25,16 +28,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import Launch, alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import (
+    aligned_size,
     contract,
+    contracted,
     expert_mode_gradients,
     grouped_blocks,
     input_mode_gradients,
+    made,
     matrix,
     offsets,
+    product_tile,
+    vendor_product,
 )
-from mumoe_fast.kernels.configs import tr_backward_config, tr_forward_config
+from mumoe_fast.kernels.configs import tr_backward_config, tr_forward_config, vendor_contracts
 
 _IN_TILE = 64  # entries of a padded A that a program may hold; larger ones are the vendor's GEMMs
 
@@ -48,70 +57,109 @@ def _level_matrix(level, offs_t, mask_t, BLOCK_K: tl.constexpr, PRECISION: tl.co
     BLOCK_COLUMNS: tl.constexpr = level[7]
     flat = tl.arange(0, BLOCK_ROWS * BLOCK_COLUMNS)
     row, column = flat // BLOCK_COLUMNS, flat % BLOCK_COLUMNS
-    entries, mask = (row * COLUMNS + column).to(tl.int64), (row < ROWS) & (column < COLUMNS)
+    if COLUMNS == BLOCK_COLUMNS:  # they lie side by side, which the compiler sees in terms of `flat` alone
+        entries, mask = flat, flat < ROWS * COLUMNS
+    else:
+        entries, mask = row * COLUMNS + column, (row < ROWS) & (column < COLUMNS)
     N = level[2] * level[3]
-    A = contract(level[0], level[1], N, offs_t, entries, mask_t, mask, "none", BLOCK_K, PRECISION)
+    A = contract(level[0], level[1], N, offs_t, entries.to(tl.int64), mask_t, mask, "none", BLOCK_K, PRECISION)
     return tl.reshape(A, (offs_t.shape[0], BLOCK_ROWS, BLOCK_COLUMNS))
 
 
 @triton.jit
-def _column(x, column, BLOCK: tl.constexpr):
-    """One column of every matrix in a tile (BLOCK_T, rows, BLOCK)."""
-    return tl.sum(tl.where(tl.arange(0, BLOCK)[None, None, :] == column, x, 0.0), axis=2)
+def _column(x, column):
+    """One column of every matrix in a tile (BLOCK_T, rows, columns)."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[2])[None, None, :] == column, x, 0.0), axis=2)
+
+
+@triton.jit
+def _input_rows(
+    input_product,
+    in_bias_ptr,
+    B_ptr,
+    first,
+    M,
+    R,
+    offs_t,
+    offs_r,
+    mask_t,
+    mask_r,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_M rows of every token's B, (BLOCK_T, BLOCK_M BLOCK_R) by one product, and stored if there is a B_ptr."""
+    offs_m = first + tl.arange(0, BLOCK_M)
+    columns: tl.constexpr = BLOCK_M * offs_r.shape[0]
+    offs_mr = tl.reshape(offs_m[:, None] * R + offs_r[None, :], (columns,))
+    mask_mr = tl.reshape((offs_m < M)[:, None] & mask_r[None, :], (columns,))
+    B = product_tile(input_product, offs_t, offs_mr, mask_t, mask_mr, BLOCK_K, PRECISION)
+    if in_bias_ptr is not None:
+        B += load(in_bias_ptr + offs_mr, mask_mr)[None, :]
+    if B_ptr is not None and tl.program_id(1) == 0:
+        store(B_ptr + offs_t[:, None] * M * R + offs_mr[None, :], B, mask_t[:, None] & mask_mr[None, :])
+    return B
 
 
 @triton.jit(do_not_specialize=["T"])
 def _tr_forward_kernel(
-    z,
-    in_core,
+    input_product,
     in_bias_ptr,
     levels,
     h_ptr,
     A_ptr,
     B_ptr,
     T,
-    I,
     P,
     M,
     R,
-    I_ALIGN: tl.constexpr,
     R_ALIGN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
     # With levels, A is contracted here and written for backward; without, it is read.
-    I, R = I * I_ALIGN, R * R_ALIGN
+    R = R * R_ALIGN
     block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_r, offs_p = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R), offsets(tl.program_id(1), BLOCK_P)
     mask_t, mask_r, mask_p = offs_t < T, offs_r < R, offs_p < P
     A_rows = (offs_t[:, None] * P + offs_p[None, :]) * M
-    mask_tp, mask_tr = mask_t[:, None] & mask_p[None, :], mask_t[:, None] & mask_r[None, :]
+    mask_tp = mask_t[:, None] & mask_p[None, :]
     if len(levels) > 0:
         A = _level_matrix(levels[0], offs_t, mask_t, BLOCK_K, PRECISION)
         for e in tl.static_range(1, len(levels)):
             A_e = _level_matrix(levels[e], offs_t, mask_t, BLOCK_K, PRECISION)
             A = tl.sum(A[:, :, :, None] * A_e[:, None, :, :], axis=2)
         if A_ptr is not None and block_r == 0:
-            offs_m = tl.arange(0, BLOCK_M)
+            offs_m = tl.arange(0, A.shape[2])
             mask = mask_tp[:, :, None] & (offs_m < M)[None, None, :]
             store(A_ptr + A_rows[:, :, None] + offs_m[None, None, :], A, mask)
 
-    h = tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
-    for m in range(M):
-        offs_mr = m * R + offs_r
-        B = contract(z, in_core, I, offs_t, offs_mr, mask_t, mask_r, ACTIVATION, BLOCK_K, PRECISION)
-        if in_bias_ptr is not None:
-            B += load(in_bias_ptr + offs_mr, mask_r)[None, :]
-        if B_ptr is not None and tl.program_id(1) == 0:
-            store(B_ptr + offs_t[:, None] * M * R + offs_mr[None, :], B, mask_tr)
-        A_m = _column(A, m, BLOCK_M) if len(levels) > 0 else load(A_ptr + A_rows + m, mask_tp)
-        h += A_m[:, :, None] * B[:, None, :]
+    if BLOCK_M == 1:
+        h = tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
+        for m in range(M):
+            B = _input_rows(
+                *(input_product, in_bias_ptr, B_ptr, m, M, R, offs_t, offs_r, mask_t, mask_r),
+                *(BLOCK_M, BLOCK_K, PRECISION),
+            )
+            A_m = _column(A, m) if len(levels) > 0 else load(A_ptr + A_rows + m, mask_tp)
+            h += A_m[:, :, None] * B[:, None, :]
+    else:  # all rows
+        B = _input_rows(
+            *(input_product, in_bias_ptr, B_ptr, 0, M, R, offs_t, offs_r, mask_t, mask_r),
+            *(BLOCK_M, BLOCK_K, PRECISION),
+        )
+        B = tl.reshape(B, (BLOCK_T, BLOCK_M, BLOCK_R))
+        if len(levels) == 0:
+            offs_m = tl.arange(0, BLOCK_M)
+            A = load(
+                A_ptr + A_rows[:, :, None] + offs_m[None, None, :], mask_tp[:, :, None] & (offs_m < M)[None, None, :]
+            )
+        h = tl.sum(A[:, :, :, None] * B[:, None, :, :], axis=2)
     offs_pr = offs_p[:, None] * R + offs_r[None, :]
     mask = mask_tp[:, :, None] & mask_r[None, None, :]
     store(h_ptr + offs_t[:, None, None] * P * R + offs_pr[None, :, :], h, mask)
@@ -119,8 +167,7 @@ def _tr_forward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _tr_backward_kernel(
-    dy,
-    out_core,
+    output_product,
     A_ptr,
     B_ptr,
     h_ptr,
@@ -128,11 +175,9 @@ def _tr_backward_kernel(
     db_ptr,
     dA_ptr,
     T,
-    O,
     P,
     M,
     R,
-    O_ALIGN: tl.constexpr,
     R_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -143,7 +188,7 @@ def _tr_backward_kernel(
 ):
     # BLOCK_P rows of B and dB (there are M) stay in registers while the rows of dh (there are P) pass by. dA is a sum
     # over ranks: every block of them writes its own part.
-    O, R = O * O_ALIGN, R * R_ALIGN
+    R = R * R_ALIGN
     block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_r, offs_m = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R), offsets(tl.program_id(1), BLOCK_P)
     mask_t, mask_r, mask_m = offs_t < T, offs_r < R, offs_m < M
@@ -151,10 +196,11 @@ def _tr_backward_kernel(
     mask = mask_tm[:, :, None] & mask_r[None, None, :]
     offs_mr = offs_m[:, None] * R + offs_r[None, :]
     offs = offs_t[:, None, None] * M * R + offs_mr[None, :, :]
-    B, dB = load(B_ptr + offs, mask), tl.zeros((BLOCK_T, BLOCK_P, BLOCK_R), tl.float32)
+    B = load(B_ptr + offs, mask)
+    dB = tl.where(mask, 0.0, B)  # zero in B's layout: another would be A's too, and a load for every entry
     for p in range(P):
         offs_pr = p * R + offs_r
-        dh = contract(dy, out_core, O, offs_t, offs_pr, mask_t, mask_r, "none", BLOCK_K, PRECISION)
+        dh = product_tile(output_product, offs_t, offs_pr, mask_t, mask_r, BLOCK_K, PRECISION)
         A_offs = (offs_t[:, None] * P + p) * M + offs_m[None, :]
         A_p = load(A_ptr + A_offs, mask_tm)
         if h_ptr is not None:
@@ -177,21 +223,62 @@ def _levels(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> tuple[An
         N, rows, columns = core.shape
         sizes = rows, columns, triton.next_power_of_2(rows), triton.next_power_of_2(columns)
         flat = matrix(core.flatten(1))
-        levels.append((matrix(a), flat, N // alignment(N), tl.constexpr(alignment(N)), *map(tl.constexpr, sizes)))
+        levels.append((matrix(a), flat, *aligned_size(N), *map(tl.constexpr, sizes)))
     return tuple(levels)
 
 
 def _fits_in_a_tile(cores: Sequence[Tensor], block_p: int) -> bool:
     """Whether a program can hold a token's A_e: all of them small, and A's rows in one block."""
-    ranks = [triton.next_power_of_2(rank) for core in cores for rank in core.shape[1:]]
-    entries = [rows * columns for rows, columns in zip(ranks[::2], ranks[1::2], strict=True)]
-    return bool(ranks[0] == block_p) and max(entries) * (max(ranks) if len(cores) > 1 else 1) <= _IN_TILE
+    return _ranks_fit(tuple(rank for core in cores for rank in core.shape[1:]), block_p)
+
+
+@lru_cache(maxsize=1024)
+def _ranks_fit(ranks: tuple[int, ...], block_p: int) -> bool:
+    padded = [triton.next_power_of_2(rank) for rank in ranks]
+    entries = [rows * columns for rows, columns in zip(padded[::2], padded[1::2], strict=True)]
+    return bool(padded[0] == block_p) and max(entries) * (max(padded) if len(entries) > 1 else 1) <= _IN_TILE
 
 
 def _level_matrices(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> list[Tensor]:
     """Every level's A_e as (T, R_e, R_{e+1}), by the vendor's GEMM."""
     pairs = zip(coefficients, cores, strict=True)
     return [torch.mm(a, core.flatten(1)).unflatten(1, core.shape[1:]) for a, core in pairs]
+
+
+@planned
+def _launch_forward(
+    z: Tensor,
+    in_core: Tensor,
+    in_bias: Tensor | None,
+    h: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    made_B: Tensor | None,
+    *levels: Tensor,
+    device: torch.device,
+    activation: str,
+    precision: str,
+) -> Launch:
+    """`levels` are every level's coefficients, then their cores; none where A is given to be read."""
+    (T, P, R), M = h.shape, len(in_core)
+    config = tr_forward_config(device, z.dtype, T, rows=(P, M), reads_B=made_B is not None)
+    in_weight = in_core.flatten(0, 1).t()
+    arguments = {
+        "input_product": contracted(z, in_weight, activation) if made_B is None else made(made_B),
+        "in_bias_ptr": in_bias,
+        "levels": _levels(levels[: len(levels) // 2], levels[len(levels) // 2 :]),
+        "h_ptr": h,
+        "A_ptr": A,
+        "B_ptr": B,
+        "T": T,
+        "P": P,
+        "M": M,
+        "R": R // alignment(R),
+        "R_ALIGN": alignment(R),
+        "PRECISION": precision,
+    }
+    blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
+    return Launch(_tr_forward_kernel, (blocks, triton.cdiv(P, config.blocks["BLOCK_P"])), config, arguments)
 
 
 def tr_forward(
@@ -207,40 +294,35 @@ def tr_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, O), and A (T, P, M) and B (T, M, R) in the tensors' dtype if they are to be saved for backward, else empty.
 
-    h is computed from float32 tiles, written once, and multiplied with U_out by the vendor's GEMM.
+    h is computed from float32 tiles, or from what the vendor rounded of B, written once, and multiplied with U_out by
+    the vendor's GEMM. Where the vendor makes B, B is alive beside h even if it is not saved, and before them B and,
+    with an activation, one transient T×I.
     """
     (T, I), (M, R, _), P = z.shape, in_core.shape, expert_cores[0].shape[1]
-    config = tr_forward_config(z.device, z.dtype, P)
+    made_B: Tensor | None = None
+    if vendor_contracts("tr", z.device, z.dtype, T, I, activation):
+        made_B = vendor_product(
+            z, in_core.flatten(0, 1).t(), None if in_bias is None else in_bias.flatten(), activation
+        )
+    config = tr_forward_config(z.device, z.dtype, T, rows=(P, M), reads_B=made_B is not None)
     fused = _fits_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
     if fused:
         A = z.new_empty(T, P, M) if save else None
     else:
         *_, A = accumulate(_level_matrices(coefficients, expert_cores), torch.bmm)
-    B = z.new_empty(T, M, R) if save else None
+    B = made_B.view(T, M, R) if made_B is not None else z.new_empty(T, M, R) if save else None
     h = z.new_empty(T, P, R)
-    blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
-    launch(
-        _tr_forward_kernel,
-        (blocks, triton.cdiv(P, config.blocks["BLOCK_P"])),
-        config,
-        z.device,
-        z=matrix(z),
-        in_core=matrix(in_core.flatten(0, 1).t()),
-        in_bias_ptr=None if in_bias is None else in_bias.contiguous(),
-        levels=_levels(coefficients, expert_cores) if fused else (),
-        h_ptr=h,
-        A_ptr=None if A is None else A.contiguous(),
-        B_ptr=B,
-        T=T,
-        I=I // alignment(I),
-        P=P,
-        M=M,
-        R=R // alignment(R),
-        I_ALIGN=alignment(I),
-        R_ALIGN=alignment(R),
-        ACTIVATION=activation,
-        PRECISION=dot_precision(z.dtype),
-        BLOCK_M=triton.next_power_of_2(M),
+    _launch_forward(
+        z,
+        in_core.contiguous(),
+        None if in_bias is None or made_B is not None else in_bias.contiguous(),
+        h,
+        None if A is None else A.contiguous(),
+        B if made_B is None else None,
+        made_B,
+        *((*coefficients, *(core.contiguous() for core in expert_cores)) if fused else ()),
+        activation=activation,
+        precision=dot_precision(z.dtype),
     )
     y = torch.mm(h.flatten(1), out_core.flatten(1).t())
     return (y, A, B) if save and A is not None and B is not None else (y, z.new_empty(0), z.new_empty(0))
@@ -263,11 +345,16 @@ def tr_backward(
     """dz, [da_e], [dU_e], dU_in, db, dU_out, each None where `needs` (one flag per argument) does not ask for it.
 
     A and B are what `tr_forward` saved. Weight gradients accumulate in float32 and come in the cores' dtype. Alive at
-    most: h (T, P, R) and dB (T, M, R), h freed after its GEMM, then dB beside dz.
+    most: h (T, P, R), dB (T, M, R) and, where the vendor makes it, dh (T, P, R), then dB beside dz.
     """
     needs_z, needs_a, needs_experts, needs_in, needs_bias, needs_out = needs
     (T, O), (_, P, M), R = dy.shape, A.shape, in_core.shape[1]
-    config = tr_backward_config(z.device, z.dtype, M, alignment(R, O) >= 8)
+    dh = None
+    if any((needs_z, needs_a, needs_experts, needs_in, needs_bias)) and vendor_contracts(
+        "tr", z.device, z.dtype, T, O, "none"
+    ):
+        dh = vendor_product(dy, out_core.flatten(1))
+    config = tr_backward_config(z.device, z.dtype, T, rows=M, wide=alignment(R, O) >= 8, reads_dh=dh is not None)
     blocks_t, blocks_r = triton.cdiv(T, config.blocks["BLOCK_T"]), triton.cdiv(R, config.blocks["BLOCK_R"])
     blocks_m = triton.cdiv(M, config.blocks["BLOCK_P"])
     # A program sees all of h = A B only where it holds all of B's rows.
@@ -280,8 +367,7 @@ def tr_backward(
         (blocks_t * blocks_r, blocks_m),
         config,
         z.device,
-        dy=matrix(dy),
-        out_core=matrix(out_core.flatten(1)),
+        output_product=contracted(dy, out_core.flatten(1)) if dh is None else made(dh),
         A_ptr=A.contiguous(),
         B_ptr=B.contiguous(),
         h_ptr=h if blocks_m == 1 else None,
@@ -289,14 +375,13 @@ def tr_backward(
         db_ptr=db,
         dA_ptr=dA,
         T=T,
-        O=O // alignment(O),
         P=P,
         M=M,
         R=R // alignment(R),
-        O_ALIGN=alignment(O),
         R_ALIGN=alignment(R),
         PRECISION=dot_precision(z.dtype),
     )
+    del dh
     d_out_core = None if h is None else torch.mm(dy.t(), h.flatten(1)).view(out_core.shape)
     del h
     nothing: list[Tensor | None] = [None] * len(coefficients)

@@ -12,7 +12,9 @@ Backward:
 
 and from dB and dA_e the gradients of the input and expert modes as `_tiles` has them. Everything with the core in it is
 `bilinear`; products without it are the vendor's GEMMs. The A_e are small (R_e is 16 or less) and computed again in
-backward.
+backward; of few tokens the kernel with the core contracts them itself. So few tokens take four launches, gate
+included, and no fewer: the core needs all of B and U_out all of c, which are spread over the programs of a launch, and
+B does not belong to the gate's launch, since the gate is a module that may be read, replaced or shared.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ import torch
 from torch import Tensor
 
 from mumoe_fast.kernels._tiles import expert_mode_gradients, input_mode_gradients
-from mumoe_fast.kernels.bilinear import bilinear_backward, bilinear_forward, core_gradient
+from mumoe_fast.kernels.bilinear import (
+    activated,
+    are_few,
+    bilinear_backward,
+    bilinear_forward,
+    core_gradient,
+    few_tokens_forward,
+)
+from mumoe_fast.kernels.configs import FEW_TOKENS
 
 
 def _expert_modes(coefficients: Sequence[Tensor], expert_factors: Sequence[Tensor]) -> list[Tensor]:
@@ -32,11 +42,15 @@ def _expert_modes(coefficients: Sequence[Tensor], expert_factors: Sequence[Tenso
 
 
 def _input_mode(z: Tensor, in_factor: Tensor, in_bias: Tensor | None, activation: str) -> Tensor:
-    """B (T, R_I): the vendor's GEMM, or with an activation the kernel that applies it on the way in."""
-    if activation != "none":
+    """B (T, R_I): the vendor's GEMM, or with an activation the kernel that applies it on the way in.
+
+    Of few tokens every narrow tile of that kernel would apply it to all of z: there it is a pass of its own.
+    """
+    if activation != "none" and len(z) > FEW_TOKENS:
         bias = None if in_bias is None else in_bias.unsqueeze(0)
         return bilinear_forward((), z, in_factor.t().unsqueeze(0), bias, activation=activation)
-    return torch.mm(z, in_factor.t()) if in_bias is None else torch.addmm(in_bias, z, in_factor.t())
+    x = activated(z, activation)
+    return torch.mm(x, in_factor.t()) if in_bias is None else torch.addmm(in_bias, x, in_factor.t())
 
 
 def tucker_forward(
@@ -53,7 +67,11 @@ def tucker_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, O), and B (T, R_I) and c (T, R_O) if they are to be saved for backward, else empty."""
     B = _input_mode(z, in_factor, in_bias, activation)
-    c = bilinear_forward(_expert_modes(coefficients, expert_factors), B, core.flatten(0, -3))
+    matrices = core.flatten(0, -3)
+    if are_few(z, matrices):
+        c = few_tokens_forward(coefficients, expert_factors, B, matrices)
+    else:
+        c = bilinear_forward(_expert_modes(coefficients, expert_factors), B, matrices)
     y = torch.mm(c, out_factor.t())
     return (y, B, c) if save else (y, z.new_empty(0), z.new_empty(0))
 

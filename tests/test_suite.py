@@ -7,6 +7,7 @@ all cases where there is no GPU, since the interpreter is slow.
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -113,8 +114,13 @@ LAYERS = [case for case in CASES if case.family == "layer" and case.label.endswi
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_a_dropped_coefficient_is_seen_in_every_layer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = layers_gate.gate
+    gate, hierarchy = layers_gate.gate, layers_gate.gate_hierarchy
+
+    def wrong_hierarchy(*args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(map(without_smallest, hierarchy(*args, **options)))
+
     monkeypatch.setattr(layers_gate, "gate", lambda *args, **options: without_smallest(gate(*args, **options)))
+    monkeypatch.setattr(layers_gate, "gate_hierarchy", wrong_hierarchy)
     with pytest.raises(AssertionError, match="outside the acceptance rule"):
         assert_accepted(case.build(CPU).judge("reference"))
 
@@ -122,8 +128,12 @@ def test_a_dropped_coefficient_is_seen_in_every_layer(case: Case, monkeypatch: p
 def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     from mumoe_fast.kernels import gate
 
-    forward = gate.gate_forward
-    monkeypatch.setattr(gate, "gate_forward", lambda *args, **options: without_smallest(forward(*args, **options)))
+    forward = gate.gate_hierarchy_forward
+
+    def wrong(*args: Any, **options: Any) -> list[torch.Tensor]:
+        return list(map(without_smallest, forward(*args, **options)))
+
+    monkeypatch.setattr(gate, "gate_hierarchy_forward", wrong)
     case = next(case for case in LAYERS if case.dtype == torch.bfloat16)
     with pytest.raises(AssertionError, match="outside the acceptance rule"):
         assert_accepted(case.build(device).judge("triton"))

@@ -50,6 +50,16 @@ def _gpt2(rank: int, factorization: str = "cp") -> tuple[Workload, Workload]:
     return up, replace(up, name=f"GPT-2 down, {ring}R {rank}", I=3072, O=768, activation="gelu")
 
 
+def _few(T: int) -> Iterator[Workload]:
+    """For so many tokens the layer of the paper's Table 6, one of four levels, and GPT-2's down projection."""
+    layer = Workload(f"{T} tokens, Table 6", T=T, I=768, O=1000, R=352, N=(128,))
+    levels = replace(layer, name=f"{T} tokens, four levels", N=(128, 4, 4, 4))
+    down = Workload(f"{T} tokens, GPT-2 down", T=T, I=3072, O=768, R=552, N=(256,), activation="gelu")
+    for workload, ring_rank in ((layer, 96), (levels, 96), (down, 144)):
+        yield workload
+        yield replace(workload, name=f"{workload.name}, ring", R=ring_rank, factorization="tr")
+
+
 WORKLOADS = (
     *_gpt2(552),  # matched parameters: a multiple of 8
     *_gpt2(556),  # the paper's: rows of bfloat16 are no multiple of 16 bytes
@@ -64,11 +74,25 @@ WORKLOADS = (
     *_gpt2(144, "tr"),  # matched parameters
     *_gpt2(149, "tr"),  # the paper's
     Workload("final layer, ring, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tr"),
+    Workload("short rows, ring", T=4096, I=96, O=96, R=64, N=(64,), factorization="tr"),  # contracted by its own kernel
+    *_few(1),
+    *_few(16),
+    *_few(200),
     *(replace(workload, name=f"{workload.name}, Tucker", factorization="tucker") for workload in _gpt2(552)),
     Workload("Tucker, odd R", T=4096, I=768, O=1000, R=555, N=(64,), factorization="tucker"),
     Workload("Tucker, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tucker"),
     Workload("dense MoE up", T=4096, I=768, O=3072, R=0, N=(32,), factorization="full"),
     Workload("dense MoE down", T=4096, I=3072, O=768, R=0, N=(32,), activation="gelu", factorization="full"),
+    *(
+        Workload(f"one input, N {experts}", T=1, I=768, O=1000, R=rank, N=N, factorization=factorization)
+        for experts, N, rank, factorization in (
+            ("128", (128,), 0, "gate"),
+            ("256 × 4", (256, 4), 0, "gate"),
+            ("128, Tucker", (128,), 160, "tucker"),
+            ("128 × 4, Tucker", (128, 4), 88, "tucker"),
+            ("128, full", (128,), 0, "full"),
+        )
+    ),
     Workload("MxD, GPT-2", T=8192, I=768, O=768, R=0, N=(21_500,), factorization="mxd"),
     Workload("longest row, N 65,536", T=4096, I=768, O=0, R=0, N=(65_536,)),
 )
@@ -78,6 +102,8 @@ SMALL_WORKLOADS = (
     Workload("small", T=192, I=256, O=272, R=264, N=(256,)),
     Workload("small, four levels", T=160, I=128, O=144, R=136, N=(128, 4, 4, 4), activation="gelu"),
     Workload("small ring", T=160, I=128, O=144, R=72, N=(128,), activation="gelu", factorization="tr"),
+    Workload("small ring, short rows", T=160, I=96, O=104, R=72, N=(128,), factorization="tr"),
+    Workload("small, vendor", T=136, I=1032, O=1040, R=136, N=(128,), activation="gelu"),
     Workload("small Tucker", T=160, I=64, O=72, R=136, N=(4, 2), activation="gelu", factorization="tucker"),
     Workload("small dense MoE", T=160, I=136, O=144, R=0, N=(3,), factorization="full"),
     Workload("small MxD", T=48, I=64, O=96, R=0, N=(300,), activation="gelu", factorization="mxd"),
@@ -135,8 +161,16 @@ def _starts_a_block(workload: Workload) -> bool:
     return workload.activation == "none" and workload.factorization == "cp"
 
 
+def _is_gate(workload: Workload) -> bool:
+    return workload.factorization == "gate"
+
+
 def _gpt2_experts(workload: Workload) -> bool:
-    return workload.name.startswith("GPT-2") and workload.factorization == "cp"
+    return "GPT-2" in workload.name and workload.factorization == "cp"
+
+
+def _gpt2_ring(workload: Workload) -> bool:
+    return "GPT-2" in workload.name and workload.factorization == "tr"
 
 
 def _matched_gpt2(workload: Workload) -> bool:
@@ -196,6 +230,7 @@ def _dtype(case: Case) -> torch.dtype:
 _ENTMAX_FORWARD: dict[str, Shape | None] = {"x": "T N"}
 _ENTMAX_BACKWARD: dict[str, Shape | None] = {"da": "T N", "a": "T N"}
 _GATE: dict[str, Shape | None] = {"z": "T I", "weight": "N I", "bias": None}
+_GATES: dict[str, Shape | None] = {"z": "T I", "weights": ["N I"], "biases": []}
 _LAYER_NORM = {"norm": "layer", "alpha": 1.5, "eps": 1e-5}
 _NO_NORM = {**_LAYER_NORM, "norm": "none"}
 _BATCH: dict[str, Shape | None] = {"s": "T N float32", "mean": "N float32", "rstd": "N float32"}
@@ -215,6 +250,9 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(gate.gate_forward, {**_GATE, "bias": "N"}, _NO_NORM, "folded batch norm", _starts_a_block),
     Operator(gate.gate_backward, {**_ENTMAX_BACKWARD, **_GATE}, _LAYER_NORM, fits=_starts_a_block),
     Operator(gate.gate_backward, {**_ENTMAX_BACKWARD, **_GATE, "bias": "N"}, _NO_NORM, "no norm", _starts_a_block),
+    Operator(gate.gate_hierarchy_forward, _GATES, _LAYER_NORM, fits=_is_gate),
+    Operator(gate.gate_hierarchy_forward, {**_GATES, "weights": ["N I float32"]}, _LAYER_NORM, "autocast", _is_gate),
+    Operator(gate.gate_hierarchy_backward, {"da": ["T N"], "a": ["T N"], **_GATES}, _LAYER_NORM, fits=_is_gate),
     Operator(batch_norm.batch_norm_statistics, {"s": "T N float32"}, fits=_starts_a_block),
     Operator(
         batch_norm.batch_norm_statistics_backward,
@@ -244,6 +282,7 @@ OPERATORS: tuple[Operator, ...] = (
         fits=_is_mxd,
     ),
     Operator(tensor_ring.tr_forward, _TR_CORES, {"activation": _activation, "save": True}, fits=_is_ring),
+    Operator(tensor_ring.tr_forward, _TR_CORES, {"activation": _activation, "save": False}, "inference", _gpt2_ring),
     Operator(
         tensor_ring.tr_backward,
         {"dy": "T O", **_TR_CORES, "A": "T P M", "B": "T M R"},

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from mumoe_fast.bench.static.cases import Case
-from mumoe_fast.bench.static.occupancy import ARCHITECTURES, Architecture
+from mumoe_fast.bench.static.occupancy import ARCHITECTURES, Architecture, resident_blocks
 from mumoe_fast.bench.static.sass import Binary, inspect
 from mumoe_fast.kernels._common import Launch, record_launches
 
@@ -73,6 +73,17 @@ class Result:
     job: Job
     binary: Binary | None
     error: str | None = None
+
+
+def blocks_of(job: Job, binary: Binary) -> int:
+    """Resident blocks per multiprocessor."""
+    return resident_blocks(
+        ARCHITECTURES[job.architecture],
+        registers=binary.registers,
+        shared=binary.shared,
+        warps=job.warps,
+        tensor_memory_columns=binary.tensor_memory_columns,
+    )
 
 
 def _gpu_target(architecture: Architecture) -> GPUTarget:

@@ -6,6 +6,7 @@ of shared memory to the system (CUDA C programming guide, "Technical specificati
 allocation units are the CUDA occupancy calculator's).
 AMD: a compute unit has four SIMDs with 512 vector registers per lane each, handed out in units of 8, and holds at most
 8 waves per SIMD and 16 workgroups of more than one wave (CDNA 3 ISA guide; LLVM's AMDGPU usage guide).
+Multiprocessors are those of the data-centre GPU of that architecture: A100, H100 and H200 (SXM), B200, MI300X.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Architecture:
-    """The limits of one multiprocessor (AMD: compute unit) and of one block on it."""
+    """How many multiprocessors (AMD: compute units) there are, and the limits of one and of a block on it."""
 
     name: str
     backend: str
     target: int | str
+    multiprocessors: int
     warp_size: int
     shared_per_block: int
     shared_per_multiprocessor: int
@@ -42,11 +44,12 @@ class Architecture:
 PARTITIONS = 4  # schedulers of a multiprocessor, SIMDs of a compute unit: a warp lives on one of them
 
 
-def _cuda(capability: int, shared_kib: int, tensor_memory_columns: int = 0) -> Architecture:
+def _cuda(capability: int, multiprocessors: int, shared_kib: int, tensor_memory_columns: int = 0) -> Architecture:
     return Architecture(
         name=f"sm_{capability}",
         backend="cuda",
         target=capability,
+        multiprocessors=multiprocessors,
         warp_size=32,
         shared_per_block=(shared_kib - 1) * KIB,
         shared_per_multiprocessor=shared_kib * KIB,
@@ -63,13 +66,14 @@ def _cuda(capability: int, shared_kib: int, tensor_memory_columns: int = 0) -> A
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        _cuda(80, shared_kib=164),
-        _cuda(90, shared_kib=228),
-        _cuda(100, shared_kib=228, tensor_memory_columns=512),
+        _cuda(80, multiprocessors=108, shared_kib=164),
+        _cuda(90, multiprocessors=132, shared_kib=228),
+        _cuda(100, multiprocessors=148, shared_kib=228, tensor_memory_columns=512),
         Architecture(
             name="gfx942",
             backend="hip",
             target="gfx942",
+            multiprocessors=304,
             warp_size=64,
             shared_per_block=64 * KIB,
             shared_per_multiprocessor=64 * KIB,

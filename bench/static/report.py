@@ -13,8 +13,8 @@ from rich.table import Table
 
 from mumoe_fast.bench.markdown import table as markdown_table
 from mumoe_fast.bench.static.bytes import ARCHITECTURE, Traffic
-from mumoe_fast.bench.static.compile import Job, Result
-from mumoe_fast.bench.static.occupancy import ARCHITECTURES, occupancy, resident_blocks
+from mumoe_fast.bench.static.compile import Job, Result, blocks_of
+from mumoe_fast.bench.static.occupancy import ARCHITECTURES, occupancy
 from mumoe_fast.bench.static.rules import Violation, judge_binary, judge_bytes
 from mumoe_fast.bench.static.sass import Binary
 
@@ -54,17 +54,6 @@ class Report:
             "bytes": [{**asdict(traffic), "excess": traffic.excess} for traffic in self.traffics],
             "findings": [asdict(finding) for finding in self.findings],
         }
-
-
-def blocks_of(job: Job, binary: Binary) -> int:
-    """Resident blocks per multiprocessor."""
-    return resident_blocks(
-        ARCHITECTURES[job.architecture],
-        registers=binary.registers,
-        shared=binary.shared,
-        warps=job.warps,
-        tensor_memory_columns=binary.tensor_memory_columns,
-    )
 
 
 def _occupancy(job: Job, binary: Binary) -> float:

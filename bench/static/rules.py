@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 from mumoe_fast.bench.static.bytes import Traffic
-from mumoe_fast.bench.static.compile import Result
+from mumoe_fast.bench.static.compile import Job, Result, blocks_of
 from mumoe_fast.bench.static.occupancy import ARCHITECTURES
 from mumoe_fast.bench.static.sass import Binary
 
 WIDE_SHARE = 0.5  # of the bytes that a kernel's load instructions move; row statistics and biases are narrow by nature
 EXCESS = 1.3
 WARPGROUP_ROWS = 64
+RESIDENTS = 2  # blocks of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,54 @@ _RING_ROWS = (
     "again, from L1 and L2, for each: registers do not hold the rows' accumulators side by side"
 )
 
+# What one resident block costs, and what two would. L2 is reckoned at 5.5 TB/s, a multiprocessor's share of memory at
+# 36 GB/s for 0.7 µs: 25 KB on the way. Bytes are those of half types.
+
+_ONE_TILE = (
+    "a GEMM's tile: two resident blocks have 128 registers a thread between eight warps and so half the tile each, and "
+    "ask L2 for 1.3 to 1.5 times the bytes (128×128 does 64 FLOP a byte, 350 TFLOP/s of L2; 128×64 does 43 and 235; "
+    "64×64 does 32). What one block leaves idle is less: num_stages hides the loop's loads, and the start and the end "
+    "of a tile are about 1.5 of its 13 µs (GPT-2 block). Exact float32 products wait for arithmetic, not for loads"
+)
+
+_ONE_RING_TILE = (
+    "four rows of accumulators, 64×32 each, of h or of B and dB: with half the ranks two blocks would be resident, and "
+    "64×16 asks L2 for 1.7 times the bytes (13 FLOP a byte, 64×32 does 21). Its 128 programs are 1.2 for each of 108 "
+    "multiprocessors: a second block has little to do"
+)
+
+_ONE_TILE_OF_ROWS = (
+    "entmax needs a token's whole row: 64×256 logits and the solver's copy take 128 of a thread's registers, which is "
+    "all that two resident blocks would have, and fewer than 64 tokens have no warp group's product. num_stages keeps "
+    "80 KB on the way, three times what a multiprocessor's share of memory needs"
+)
+
+_ONE_ROW = (
+    "16,384 entries and the solver's copy take 64 registers of each of 512 threads, which is all that two resident "
+    "blocks would have. All of a row, 32 KB, is on the way at once, more than a multiprocessor's share needs, "
+    "but nothing while the block solves: that is the loss"
+)
+
 EXEMPTIONS = (
+    *(
+        Exemption("residents", f"_{kernel}_kernel", reason)
+        for kernels, reason in (
+            (("cp_forward", "cp_backward", "decoder", "bilinear", "core_gradient"), _ONE_TILE),
+            (("gate", "gate_backward"), _ONE_TILE_OF_ROWS),
+            (("rows", "rows_backward"), _ONE_ROW),
+        )
+        for kernel in kernels
+    ),
+    *(
+        Exemption(
+            "residents",
+            f"_tr_{way}_kernel",
+            _ONE_RING_TILE,
+            architectures=("sm_80",),
+            cases=(f"tr_{way}: short rows, ring",),
+        )
+        for way in ("forward", "backward")
+    ),
     *(Exemption("bytes", f"_{kernel}_kernel", _GATHERED) for kernel in ("gather_sum", "gather_dot", "segment_sum")),
     *(Exemption("bytes", f"_tr_{way}_kernel", _RING_ROWS) for way in ("forward", "backward")),
     Exemption(
@@ -132,6 +181,17 @@ def _load_rules(binary: Binary, aligned: bool) -> Iterator[tuple[str, str]]:
         yield "16-byte loads", f"{binary.wide_share:.0%} of the bytes; loads {widths}"
 
 
+def _residence_rules(job: Job, binary: Binary, grid: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """While one block waits, for memory or at its end, another should compute: where there are blocks enough."""
+    architecture = ARCHITECTURES[job.architecture]
+    if prod(grid) > architecture.multiprocessors and blocks_of(job, binary) < RESIDENTS:
+        yield (
+            "residents",
+            f"{blocks_of(job, binary)} of {job.warps} warps, with {binary.registers} registers and {binary.shared} "
+            f"bytes shared; {prod(grid)} programs on {architecture.multiprocessors} multiprocessors",
+        )
+
+
 def _excuse(violation: Violation) -> Exemption | None:
     for one in EXEMPTIONS:
         if (
@@ -160,6 +220,7 @@ def judge_binary(result: Result) -> list[Violation]:
                 *_resource_rules(result.binary, job.architecture),
                 *_tensor_core_rules(result.binary, job.architecture),
                 *_load_rules(result.binary, use.aligned),
+                *_residence_rules(job, result.binary, use.grid),
             ]
         found += [
             _with_reason(Violation(rule, job.kernel, job.architecture, use.dtype, use.case, detail))

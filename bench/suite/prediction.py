@@ -4,7 +4,8 @@ Ours by the Triton kernels is traced at full size without computing anything, wh
 every kernel that it would launch, and their tensors. An operator then takes as long as the longest of three: its
 operations at the data sheet's rate, the bytes of its launches at the data sheet's bandwidth, and its launches one after
 the other. Bytes are those of each launch's tensors, times the excess that the interpreter counted for the kernel
-(`bench.static`). Nothing reaches its data sheet, so a GPU is slower than this.
+(`bench.static`), and a launch of few programs draws no more than they can together: for few tokens that is what counts.
+Nothing reaches its data sheet, so a GPU is slower than this.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from math import prod
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +33,7 @@ from mumoe_fast.bench.suite.implementations import Case
 from mumoe_fast.bench.suite.records import Ceilings, Record, Run
 from mumoe_fast.bench.suite.roofline import floor_at
 from mumoe_fast.bench.suite.run import blank
-from mumoe_fast.kernels._common import record_launches
+from mumoe_fast.kernels._common import Launch, record_launches
 from mumoe_fast.ops import dispatch
 
 
@@ -60,6 +62,9 @@ GPUS = (
     Gpu("NVIDIA H200 SXM", "sm_90", 4.8e12, _rates(989e12, 67e12), "NVIDIA H200 data sheet"),
 )
 LAUNCH_SECONDS = 5e-6  # of a launch from eager PyTorch, about what its boundary of an operator costs on a server
+# An assumption, on no data sheet: 40 KB of loads in flight on a multiprocessor, each 0.7 µs on its way from memory.
+# It is 1.6 times a multiprocessor's share of an H200's bandwidth: from 84 programs on memory is the limit there.
+PROGRAM_BYTES_PER_SECOND = 40e3 / 0.7e-6
 
 
 def absent(device: torch.device) -> list[Gpu]:
@@ -69,19 +74,34 @@ def absent(device: torch.device) -> list[Gpu]:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A launch of ours: the bytes that it moves, and the programs that move them."""
+
+    bytes: float
+    programs: int
+
+    def seconds(self, bytes_per_second: float) -> float:
+        """At the machine's bandwidth, or at that of its programs, each on a multiprocessor of its own."""
+        return self.bytes / min(bytes_per_second, self.programs * PROGRAM_BYTES_PER_SECOND)
+
+
+@dataclass(frozen=True)
 class Operation:
-    """One operator of the trace: operations, bytes and launches."""
+    """One operator of the trace: operations, bytes and launches; of the bytes and launches some are our `kernels`."""
 
     name: str
     flops: int
     bytes: float
     launches: int
+    kernels: tuple[Kernel, ...] = ()
 
     def seconds(self, ceilings: Ceilings) -> float:
         """The longest of arithmetic, memory and launches."""
+        others = self.bytes - sum(kernel.bytes for kernel in self.kernels)
+        memory = sum(kernel.seconds(ceilings.bytes_per_second) for kernel in self.kernels)
         return max(
             self.flops / ceilings.flops_per_second,
-            self.bytes / ceilings.bytes_per_second,
+            memory + others / ceilings.bytes_per_second,
             self.launches * LAUNCH_SECONDS,
         )
 
@@ -123,12 +143,10 @@ class Trace(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, _without_data, (args, kwargs))
             with inner:
                 func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-        size = sum(operation.bytes for operation in inner.operations)
-        for launch in launches:
-            times = excess().get(launch.kernel.fn.__name__, 1.0)
-            size += times * sum(tensor.nbytes for tensor in _tensors(dict(launch.arguments)))
+        kernels = tuple(map(_kernel, launches))
+        size = sum(operation.bytes for operation in inner.operations) + sum(kernel.bytes for kernel in kernels)
         flops = self._flops(func, args, kwargs, result)
-        return Operation(str(func), flops, size, len(inner.operations) + len(launches))
+        return Operation(str(func), flops, size, len(inner.operations) + len(launches), kernels)
 
     def _is_free(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
         """Whether nothing is launched: views, empty tensors, and the copies to float32 that a GPU's GEMM saves."""
@@ -154,6 +172,11 @@ _EMPTY = (
     *(torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided),
     *(torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided),
 )
+
+
+def _kernel(launch: Launch) -> Kernel:
+    times = excess().get(launch.kernel.fn.__name__, 1.0)
+    return Kernel(times * sum(tensor.nbytes for tensor in _tensors(dict(launch.arguments))), prod(launch.grid))
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ operator, or, with `impl="reference"`, the reference under ordinary autograd.
 
 from mumoe_fast.functional.experts import cp_experts, tr_experts, tucker_experts
 from mumoe_fast.functional.full import full_experts
-from mumoe_fast.functional.gate import batch_norm_gate, entmax, gate
+from mumoe_fast.functional.gate import batch_norm_gate, entmax, gate, gate_hierarchy
 from mumoe_fast.functional.mxd import mxd_experts, topk_gate
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "entmax",
     "full_experts",
     "gate",
+    "gate_hierarchy",
     "mxd_experts",
     "topk_gate",
     "tr_experts",

@@ -63,19 +63,22 @@ def untokens(y: Tensor, z: Tensor) -> Tensor:
     return x
 
 
-def gate_logits_arguments(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def gate_logits_arguments(
+    z: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")
+) -> Tensor:
     """Check the arguments of ``z Gᵀ + b``; z as autocast wants it, beside which weight and bias may stay float32."""
+    weight_name, bias_name = names
     check.floating("z", z)
     (z,) = autocast(z)
-    check.floating("weight", weight)
-    check.shape("weight", weight, [None, None])
+    check.floating(weight_name, weight)
+    check.shape(weight_name, weight, [None, None])
     N, I = weight.shape
     if N == 0:
-        raise ValueError(f"weight: expected at least one expert, got shape {tuple(weight.shape)}")
-    check.last_dimension("z", z, I, "in_features of weight")
+        raise ValueError(f"{weight_name}: expected at least one expert, got shape {tuple(weight.shape)}")
+    check.last_dimension("z", z, I, f"in_features of {weight_name}")
     master = torch.float32 if torch.is_autocast_enabled(z.device.type) else None
-    check.same_device_and_dtype("weight", weight, z, "z", also=master)
+    check.same_device_and_dtype(weight_name, weight, z, "z", also=master)
     if bias is not None:
-        check.shape("bias", bias, [N])
-        check.same_device_and_dtype("bias", bias, weight, "weight", also=master)
+        check.shape(bias_name, bias, [N])
+        check.same_device_and_dtype(bias_name, bias, weight, weight_name, also=master)
     return z

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -9,11 +11,11 @@ from torch import Tensor
 
 from mumoe_fast import _validation as check
 from mumoe_fast import ops, reference
-from mumoe_fast.functional._arguments import gate_logits_arguments, tokens, untokens
+from mumoe_fast.functional._arguments import gate_logits_arguments, tensor_per_level, tokens, untokens
 from mumoe_fast.functional._collectives import sum_both_ways, sums
 from mumoe_fast.ops.dispatch import choose
 
-__all__ = ["batch_norm_gate", "entmax", "gate"]
+__all__ = ["batch_norm_gate", "entmax", "gate", "gate_hierarchy"]
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, *, impl: str = "auto") -> Tensor:
@@ -56,12 +58,16 @@ def _entmax(x: Tensor, alpha: float | Tensor, impl: str) -> Tensor:
     return untokens(a, x)
 
 
-def _check_gate(z: Tensor, weight: Tensor, bias: Tensor | None, alpha: float | Tensor, eps: float) -> Tensor:
-    """Check a gate's arguments; z as autocast wants it, beside which the weight may stay float32."""
-    z = gate_logits_arguments(z, weight, bias)
+def _check_options(alpha: float | Tensor, eps: float) -> None:
     check.alpha(alpha)
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps!r}")
+
+
+def _check_gate(z: Tensor, weight: Tensor, bias: Tensor | None, alpha: float | Tensor, eps: float) -> Tensor:
+    """Check a gate's arguments; z as autocast wants it, beside which the weight may stay float32."""
+    z = gate_logits_arguments(z, weight, bias)
+    _check_options(alpha, eps)
     return z
 
 
@@ -112,6 +118,50 @@ def gate(
     else:
         a = ops.gate.gate(flat, weight, bias, norm, alpha, eps, impl)
     return untokens(a, z)
+
+
+def gate_hierarchy(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    norm: str = "layer",
+    alpha: float = 1.5,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
+    """The `gate` of every level of a hierarchy, in one operator and on a GPU in one launch.
+
+    Args:
+        z: (..., I), floating point, any strides.
+        weights: one (N_e, I) per level, z's device and dtype (under autocast they may stay float32).
+        biases: one (N_e,) per level, or None.
+        norm: as `gate` takes it.
+        alpha: entmax's, in [1, 2], of every level.
+        eps: added to the variance.
+        impl: "auto" or an implementation by name.
+
+    Returns:
+        One (..., N_e) per level, as `gate` returns it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `gate`; also where the levels are not given as a list or tuple, or their
+            numbers differ.
+    """
+    check.one_of("norm", norm, ("layer", "none"))
+    tensor_per_level(weights=weights, **({} if biases is None else {"biases": biases}))
+    every_bias = [None] * len(weights) if biases is None else biases
+    for e, (weight, bias) in enumerate(zip(weights, every_bias, strict=True)):
+        z = gate_logits_arguments(z, weight, bias, (f"weights[{e}]", f"biases[{e}]"))
+    _check_options(alpha, eps)
+    impl = choose(impl, z)
+    if impl == "reference":
+        return tuple(
+            reference.gate(z, weight, bias, norm="layer" if norm == "layer" else "none", alpha=alpha, eps=eps)
+            for weight, bias in zip(weights, every_bias, strict=True)
+        )
+    coefficients = ops.gate.gate_hierarchy(tokens(z), list(weights), list(biases or ()), norm, alpha, eps, impl)
+    return tuple(untokens(a, z) for a in coefficients)
 
 
 def batch_norm_gate(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mumoe_fast import _validation as check
-from mumoe_fast.functional import batch_norm_gate, gate, topk_gate
+from mumoe_fast.functional import batch_norm_gate, gate, gate_hierarchy, topk_gate
 from mumoe_fast.layers.experts import uniform_
 
 
@@ -153,7 +153,19 @@ class ExpertGate(nn.Module):
                 values.new_zeros(*values.shape[:-1], N).scatter(-1, indices, values)
                 for N, (values, indices) in zip(self.num_experts, self.support(z), strict=True)
             )
-        return tuple(self._level(z, e) for e in range(len(self.num_experts)))
+        E = len(self.num_experts)
+        if E == 1 or self.raw_alpha is not None or (self.norm == "batch" and self.training):
+            return tuple(self._level(z, e) for e in range(E))
+        weights, biases = zip(*(self._folded(e) for e in range(E)), strict=True)
+        return gate_hierarchy(
+            z,
+            weights,
+            biases if self.norm == "batch" else None,
+            norm=self._folded_norm,
+            alpha=self.alpha,
+            eps=self.eps,
+            impl=self.impl,
+        )
 
     def support(self, z: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """z (..., I) to top-k's values and their experts' indices per level, each (..., k): see `topk_gate`."""
@@ -163,24 +175,40 @@ class ExpertGate(nn.Module):
         return tuple(topk_gate(z, weight, bias, k=self.k, impl=self.impl) for weight, bias in levels)
 
     def _level(self, z: Tensor, e: int) -> Tensor:
-        weight = self.weights[e]
+        """One level's coefficients by itself, (..., N_e)."""
         alpha = self.alpha if self.raw_alpha is None else 1 + torch.sigmoid(self.raw_alpha[e].float())
-        if self.norm != "batch":
-            return gate(z, weight, norm=self.norm, alpha=alpha, eps=self.eps, impl=self.impl)
-        statistics = self.norms[e]
-        assert isinstance(statistics, RunningStatistics)
-        if self.training:
+        if self.norm == "batch" and self.training:
             a, mean, var = batch_norm_gate(
-                z, weight, alpha=alpha, eps=self.eps, process_group=self.process_group, impl=self.impl
+                z, self.weights[e], alpha=alpha, eps=self.eps, process_group=self.process_group, impl=self.impl
             )
-            statistics.update(mean, var)
+            self._statistics(e).update(mean, var)
             return a
-        # With its statistics given, batch norm is a scale and a shift of the logits: fold them into the weight, in the
-        # weight's dtype, which under FSDP's mixed precision is not the statistics'.
+        weight, bias = self._folded(e)
+        return gate(z, weight, bias, norm=self._folded_norm, alpha=alpha, eps=self.eps, impl=self.impl)
+
+    @property
+    def _folded_norm(self) -> str:
+        """The norm that is left after batch norm with given statistics is folded into the weights."""
+        return "none" if self.norm == "batch" else self.norm
+
+    def _folded(self, e: int) -> tuple[Tensor, Tensor | None]:
+        """A level's weight (N_e, I) and bias (N_e,), where no other token has a part in it.
+
+        With its statistics given, batch norm is a scale and a shift of the logits: fold them into the weight, in the
+        weight's dtype, which under FSDP's mixed precision is not the statistics'.
+        """
+        weight = self.weights[e]
+        if self.norm != "batch":
+            return weight, None
+        statistics = self._statistics(e)
         scale = torch.rsqrt(statistics.running_var + self.eps)
         folded = (weight * scale.unsqueeze(1)).to(weight.dtype)
-        bias = (-statistics.running_mean * scale).to(weight.dtype)
-        return gate(z, folded, bias, norm="none", alpha=alpha, eps=self.eps, impl=self.impl)
+        return folded, (-statistics.running_mean * scale).to(weight.dtype)
+
+    def _statistics(self, e: int) -> RunningStatistics:
+        statistics = self.norms[e]
+        assert isinstance(statistics, RunningStatistics)
+        return statistics
 
     def extra_repr(self) -> str:
         """The sizes and options, as `nn.Linear` shows its own."""

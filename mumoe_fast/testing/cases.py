@@ -135,6 +135,16 @@ FAMILIES = (
         ),
     ),
     Family(
+        "gate_hierarchy",
+        trials.gate_hierarchy,
+        (
+            {"T": 5, "I": 24, "N": (20, 3)},
+            {"T": 3, "I": 17, "N": (15, 2, 33, 4)},
+            {"T": 16, "I": 33, "N": (17, 5), "alpha": 1.3, "bias": True, "weights": "master"},
+            {"T": 17, "I": 24, "N": (40, 16, 1), "alpha": 2.0, "norm": "none", "bias": True},
+        ),
+    ),
+    Family(
         "batch_norm",
         trials.gate,
         (

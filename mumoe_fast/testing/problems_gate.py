@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +197,28 @@ def gate_problem(
     eager = _evaluate(function(Rounding(dtype), gradient_rounding(dtype)), inputs, [da], torch.float32)
     exact = {name: x.detach().double() for name, x in inputs.items()}
     return Expected(truth, eager, gate_magnitudes(exact, truth["a"], da.double(), norm, alpha, eps), dtype)
+
+
+def gate_hierarchy_problem(
+    z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], da: Sequence[Tensor], **options: Any
+) -> Expected:
+    """Of every level e what `gate_problem` expects as ``a_e``, ``dweight_e``, ``dbias_e``, and the sum of their ``dz``.
+
+    Eager adds up dz level by level in z's dtype, as autograd does.
+    """
+    every_bias: Sequence[Tensor | None] = biases or [None] * len(weights)
+    levels = [gate_problem(z, *level, **options) for level in zip(weights, every_bias, da, strict=True)]
+
+    def together(answers: Sequence[Tensors], dtype: torch.dtype) -> Tensors:
+        own = {f"{name}_{e}": x for e, answer in enumerate(answers) for name, x in answer.items() if name != "dz"}
+        return {"dz": reduce(torch.add, (answer["dz"].to(dtype) for answer in answers)), **own}
+
+    return Expected(
+        together([level.truth for level in levels], torch.float64),
+        together([level.eager for level in levels], z.dtype),
+        together([level.magnitude for level in levels], torch.float64),
+        z.dtype,
+    )
 
 
 def normalise(s: Tensor, norm: reference.Norm, eps: float) -> Tensor:

@@ -22,6 +22,7 @@ from mumoe_fast.testing.problems_gate import (
     Tensors,
     entmax_problem,
     entmax_rows,
+    gate_hierarchy_problem,
     gate_problem,
     learned_entmax_problem,
 )
@@ -134,6 +135,40 @@ def gate(
         return gate_problem(inputs["z"], inputs["weight"], inputs.get("bias"), da, norm=norm, alpha=alpha)
 
     return Trial(inputs, {"a": da}, compute, expected)
+
+
+def gate_hierarchy(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    T: int,
+    I: int,
+    N: tuple[int, ...],
+    norm: Norm = "layer",
+    alpha: float = 1.5,
+    bias: bool = False,
+    weights: str = "trained",
+) -> Trial:
+    """The gates of all levels; their weights are "trained", or "master" weights in float32 under autocast."""
+    E, master = range(len(N)), torch.float32 if weights == "master" else dtype
+    parameters = {f"weight_{e}": torch.randn(N[e], I) / math.sqrt(I) for e in E}
+    parameters |= {f"bias_{e}": torch.randn(N[e]) for e in E if bias}
+    inputs = {"z": torch.randn(T, I).to(device, dtype)} | {n: x.to(device, master) for n, x in parameters.items()}
+    da = {f"a_{e}": torch.randn(T, N[e]).to(device, dtype) for e in E}
+
+    def levels(inputs: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+        return [inputs[f"weight_{e}"] for e in E], [inputs[f"bias_{e}"] for e in E if bias]
+
+    def compute(impl: str, inputs: Tensors) -> Tensors:
+        G, b = levels(inputs)
+        with torch.autocast(device.type, dtype, enabled=weights == "master"):
+            a = functional.gate_hierarchy(inputs["z"], G, b or None, norm=norm, alpha=alpha, impl=impl)
+        return dict(zip(da, a, strict=True))
+
+    def expected() -> Expected:
+        return gate_hierarchy_problem(inputs["z"], *levels(inputs), list(da.values()), norm=norm, alpha=alpha)
+
+    return Trial(inputs, da, compute, expected)
 
 
 def _of_experts(

@@ -138,8 +138,15 @@ def test_alignment(shapes: list[tuple[int, int]], dtype: torch.dtype, aligned: b
 # --- the rules --------------------------------------------------------------------------------------------------------
 
 
-def result(architecture: str = "sm_90", *, aligned: bool = True, error: str | None = None, **changes: Any) -> Result:
-    """A blameless wgmma kernel, but for the changes."""
+def result(
+    architecture: str = "sm_90",
+    *,
+    aligned: bool = True,
+    grid: tuple[int, ...] = (1,),
+    error: str | None = None,
+    **changes: Any,
+) -> Result:
+    """A blameless wgmma kernel of eight warps, but for the changes."""
     fields: dict[str, Any] = {
         "registers": 128,
         "spilled": 0,
@@ -151,7 +158,7 @@ def result(architecture: str = "sm_90", *, aligned: bool = True, error: str | No
         "plain_dots": (),
     }
     job = Job("module", "_toy_kernel", architecture, {}, {}, {}, {"num_warps": 8}, {})
-    job.uses.append(Use("toy: nowhere", "bfloat16", (1,), aligned))
+    job.uses.append(Use("toy: nowhere", "bfloat16", grid, aligned))
     return Result(job, None if error else Binary(**{**fields, **changes}), error)
 
 
@@ -167,6 +174,9 @@ def result(architecture: str = "sm_90", *, aligned: bool = True, error: str | No
         ("wgmma", result(tensor_core={"mma": 64})),
         ("wgmma", result(plain_dots=(Dot(64, "bf16", "mma"),))),
         ("16-byte loads", result(loads={4: 8, 16: 1})),
+        ("residents", result(registers=129, grid=(1000,))),
+        ("residents", result(shared=114 * KIB, grid=(7, 19))),
+        ("residents", result("gfx942", tensor_core={"mfma": 1}, shared=33 * KIB, grid=(400,))),
     ],
 )
 def test_each_rule_is_named(rule: str, changed: Result) -> None:
@@ -182,6 +192,7 @@ def test_each_rule_is_named(rule: str, changed: Result) -> None:
         result(tensor_core={}, dots=(Dot(128, "f32", None),)),
         result(tensor_core={"mma": 4}, dots=(Dot(32, "f16", None),), plain_dots=(Dot(32, "f16", "mma"),)),
         result("sm_80", tensor_core={"mma": 4}, plain_dots=(Dot(128, "bf16", "mma"),)),
+        result(shared=114 * KIB, grid=(4, 33)),  # a multiprocessor each
     ],
 )
 def test_what_no_rule_forbids(blameless: Result) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 import typer
+from torch import Tensor
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
 from mumoe_fast.bench import tune as tuning
 from mumoe_fast.bench.tune import ENTRIES, Entry, command, records, steps, tune
-from mumoe_fast.kernels import configs
+from mumoe_fast.kernels import _plans, configs
+from mumoe_fast.kernels._common import Launch
 from mumoe_fast.kernels.configs import Config, architecture, target_architecture
+from mumoe_fast.kernels.entmax import entmax_forward
 from mumoe_fast.testing import trials
 
 CPU = torch.device("cpu")
@@ -79,6 +83,26 @@ def test_a_configuration_of_its_own_that_fails_is_an_error() -> None:
         tune(ROWS, CPU, broken)
 
 
+def test_a_planned_launch_has_the_configuration_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first plan is remembered, and must not be timed in another's place."""
+    used: list[int] = []
+    plan = _plans._Plan
+
+    def noted(described: Launch, stand_ins: Sequence[Tensor | None]) -> _plans._Plan:
+        used.append(described.config.blocks["BLOCK_T"])
+        return plan(described, stand_ins)
+
+    monkeypatch.setattr(_plans, "_Plan", noted)
+    _plans.forget_plans()
+    x = torch.randn(3, 20)
+    for _ in range(2):
+        entmax_forward(x, 1.5)
+    with ROWS.using(HERE, replace(ROWS.current(HERE), blocks={"BLOCK_T": 1, "BLOCK_N": 64})):
+        entmax_forward(x, 1.5)
+    entmax_forward(x, 1.5)
+    assert used == [2, 1, 2]
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_every_entry_is_in_the_library_and_has_steps(entry: Entry) -> None:
     config = entry.current("sm_90")
@@ -96,7 +120,7 @@ def test_the_kernels_take_what_is_tried() -> None:
     other = next(steps(entry.current("sm_90")))
     with target_architecture("sm_90"), entry.using("sm_90", other):
         assert architecture(CPU) == "sm_90"
-        assert configs.cp_forward_config(CPU, torch.bfloat16, wide=True) == other
+        assert configs.cp_forward_config(CPU, torch.bfloat16, 24_576, wide=True) == other
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

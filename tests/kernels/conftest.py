@@ -1,15 +1,30 @@
 """Every test of a kernel is one of small tiles and, on a GPU and marked as slow, of that GPU's own."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from mumoe_fast.kernels import configs
+from mumoe_fast.kernels.configs import Crossover, From
 from tests.layouts import GPU_TILES
 
 
 @pytest.fixture(autouse=True)
 def every_tile(tiles: None) -> None:
     """Both."""
+
+
+@pytest.fixture(params=["kernel", "vendor"])
+def contractor(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Who contracts, however many tokens and however long the contraction."""
+    always = From(1 if request.param == "vendor" else 2**62, 0)
+    with ExitStack() as patches:
+        for table in (configs._CP_VENDOR, configs._RING_VENDOR, configs._VENDOR_FLOAT32):
+            patches.enter_context(patch.dict(table, dict.fromkeys(table, Crossover(always, always))))
+        yield request.param
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

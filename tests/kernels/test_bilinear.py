@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from mumoe_fast import MuMoE, MuMoEMLP, functional, rank, reference
 from mumoe_fast.kernels import bilinear, full, tucker
+from mumoe_fast.kernels._common import record_launches
 from mumoe_fast.kernels.configs import target_architecture
 from mumoe_fast.ops.full import full as full_operator
 from mumoe_fast.testing.problems_bilinear import (
@@ -129,6 +130,36 @@ def test_tokens_in_turns(monkeypatch: pytest.MonkeyPatch, device: torch.device) 
         assert bilinear._tokens_at_once(problem.inputs["z"], problem.inputs["core"].flatten(0, 1)) == 16
         in_turns = solve(problem)
     assert all(torch.equal(in_turns[name], at_once[name]) for name in at_once)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 16])
+def test_few_tokens(T: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Their kernel contracts the coefficients with factors of more experts than it takes at a time."""
+    check(tucker_problem(T, 9, 7, (35, 4), (3, 2, 33, 7), dtype=dtype, device=device))
+    check(full_problem(T, 33, 7, 5, activation="gelu", dtype=dtype, device=device))
+
+
+def test_more_matrices_than_few_tokens_hold(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    problem = tucker_problem(3, 9, 7, (5, 4), (2, 3, 17, 8), device=device)
+    held = solve(problem)["y"]
+    monkeypatch.setattr(bilinear, "_JOINT", 5)
+    check(problem)
+    torch.testing.assert_close(solve(problem)["y"], held)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_the_launches_of_few_tokens(activation: str) -> None:
+    """One, where all that stands before and after it is the vendor's and the activation's pass."""
+    problem = tucker_problem(3, 9, 7, (5, 4), (2, 3, 8, 6), device=torch.device("meta"), activation=activation)
+    x = problem.inputs
+    arguments = x["z"], [x["a_0"], x["a_1"]], [x["U_0"], x["U_1"]], x["in_factor"], x["in_bias"]
+    with record_launches("sm_90") as launches:
+        tucker.tucker_forward(*arguments, x["core"], x["out_factor"], activation=activation, save=False)
+    assert [launch.kernel.fn.__name__ for launch in launches] == [
+        *(["_activation_backward_kernel"] if activation != "none" else []),
+        "_few_tokens_kernel",
+    ]
 
 
 def test_tucker_saves_nothing_without_gradients(device: torch.device) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mumoe_fast.kernels import gate
-from mumoe_fast.kernels.configs import gate_forward_config, target_architecture
-from mumoe_fast.kernels.gate import gate_backward, gate_forward
+from mumoe_fast.kernels._common import record_launches
+from mumoe_fast.kernels.configs import FEW_TOKENS, gate_forward_config, target_architecture
+from mumoe_fast.kernels.gate import gate_backward, gate_forward, gate_hierarchy_backward, gate_hierarchy_forward
 from mumoe_fast.reference import Norm
-from mumoe_fast.testing.problems_gate import gate_problem
+from mumoe_fast.testing.problems_gate import gate_hierarchy_problem, gate_problem
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -209,9 +210,128 @@ def test_same_bits_again(N: int, device: torch.device) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_which_gates_are_fused() -> None:
-    for name, widest in (("sm_80", 1024), ("sm_90", 1024), ("sm_100", 1024), ("gfx942", 512), ("interpreter", 32)):
-        with target_architecture(name):
-            for N, fused in ((widest, True), (widest + 1, False)):
-                config = gate_forward_config(torch.device("meta"), torch.bfloat16, torch.bfloat16, N)
-                assert (config is not None) == fused
+@pytest.mark.parametrize(
+    ("name", "widest", "widest_for_few"),
+    [("sm_80", 1024, 256), ("sm_90", 1024, 256), ("sm_100", 1024, 256), ("gfx942", 512, 256), ("interpreter", 32, 32)],
+)
+def test_which_gates_are_fused(name: str, widest: int, widest_for_few: int) -> None:
+    """With few tokens one program's stream of G takes longer than a GEMM's many."""
+    with target_architecture(name):
+        for T, N in ((FEW_TOKENS, widest_for_few), (FEW_TOKENS + 1, widest)):
+            for dtype in (torch.bfloat16, torch.float32):
+                for experts, fused in ((N, True), (N + 1, False)):
+                    config = gate_forward_config(torch.device("meta"), torch.bfloat16, dtype, experts, T)
+                    assert (config is not None) == fused
+
+
+# --- all levels at once -----------------------------------------------------------------------------------------------
+
+
+def run_levels(
+    z: Tensor, levels: list[tuple[Tensor, Tensor | None, Tensor]], norm: Norm = "layer", alpha: float = 1.5
+) -> dict[str, Tensor]:
+    """What the launchers give for levels of weight, bias and da, by the names of `gate_hierarchy_problem`."""
+    weights, das = [weight for weight, _, _ in levels], [da for _, _, da in levels]
+    biases = [bias for _, bias, _ in levels if bias is not None]
+    options: dict[str, Any] = {"norm": norm, "alpha": alpha, "eps": EPS}
+    a = gate_hierarchy_forward(z, weights, biases, **options)
+    dz, d_weights, d_biases = gate_hierarchy_backward(das, a, z, weights, biases, **options)
+    assert dz is not None
+    named = (("a", a), ("dweight", d_weights), ("dbias", d_biases))
+    return {"dz": dz} | {f"{name}_{e}": x for name, tensors in named for e, x in enumerate(tensors)}
+
+
+def levels_of(
+    T: int, I: int, N: tuple[int, ...], device: torch.device, *args: Any, **options: Any
+) -> tuple[Tensor, list[tuple[Tensor, Tensor | None, Tensor]]]:
+    """z, and every level's weight, bias and da."""
+    z, *_ = inputs(T, I, 1, device, *args, **options)
+    return z, [inputs(T, I, n, device, *args, **options)[1:] for n in N]
+
+
+def check_levels(
+    z: Tensor, levels: list[tuple[Tensor, Tensor | None, Tensor]], norm: Norm = "layer", alpha: float = 1.5
+) -> dict[str, Tensor]:
+    results = run_levels(z, levels, norm, alpha)
+    weights, biases, das = ([x.cpu() for x in part if x is not None] for part in zip(*levels, strict=True))
+    gate_hierarchy_problem(z.cpu(), weights, biases, das, norm=norm, alpha=alpha, eps=EPS).accept(results)
+    return results
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17])
+@pytest.mark.parametrize("N", [(17, 4), (3, 16, 1, 32)], ids=str)
+def test_levels(N: tuple[int, ...], T: int, device: torch.device) -> None:
+    check_levels(*levels_of(T, 33, N, device, bias=T != 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+@pytest.mark.parametrize("norm", ["layer", "none"])
+def test_levels_in_every_dtype_norm_and_alpha(
+    norm: Norm, alpha: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    check_levels(*levels_of(3, 24, (20, 4), device, dtype, bias=norm == "none"), norm, alpha)
+
+
+def test_levels_of_which_some_are_wide(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Those have a route of their own, whose tokens come in chunks; the sum over the levels is the same."""
+    arguments = levels_of(2, 24, (MULTI_PASS, 5, IN_REGISTERS), device, torch.bfloat16)
+    whole = check_levels(*arguments)
+    monkeypatch.setattr(gate, "LOGITS_BYTES", 4 * (MULTI_PASS + IN_REGISTERS))
+    chunked = check_levels(*arguments)
+    assert all(torch.equal(whole[f"a_{e}"], chunked[f"a_{e}"]) for e in range(3))
+
+
+def test_levels_without_tokens(device: torch.device) -> None:
+    results = run_levels(*levels_of(0, 16, (20, MULTI_PASS), device))
+    assert [results[f"a_{e}"].shape for e in range(2)] == [(0, 20), (0, MULTI_PASS)]
+    assert results["dz"].shape == (0, 16)
+    assert all(not results[name].any() for name in ("dweight_0", "dweight_1", "dbias_0", "dbias_1"))
+
+
+def test_levels_of_any_strides_change_no_argument(device: torch.device) -> None:
+    z, levels = levels_of(5, 24, (20, 4), device)
+    z = z.t().contiguous().t()
+    levels = [(torch.stack([w, -w], -1)[..., 0], b, da.t().contiguous().t()) for w, b, da in levels]
+    before = [x.clone() for x in (z, *(x for level in levels for x in level if x is not None))]
+    check_levels(z, levels)
+    after = (z, *(x for level in levels for x in level if x is not None))
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("T", [4, 20])
+def test_a_bad_token_poisons_its_row_of_every_level(T: int, device: torch.device) -> None:
+    z, levels = levels_of(T, 16, (20, 4), device, bias=False)
+    clean = run_levels(z, levels)
+    z[2, 3] = math.nan
+    results = run_levels(z, levels)
+    others = [t for t in range(T) if t != 2]
+    for name in ("a_0", "a_1", "dz"):
+        assert results[name][2].isnan().all(), name
+        assert torch.equal(results[name][others], clean[name][others]), name
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_levels_only_what_is_needed(needs: tuple[bool, bool, bool], device: torch.device) -> None:
+    z, levels = levels_of(3, 16, (20, 4), device)
+    weights, biases, das = ([x for x in part if x is not None] for part in zip(*levels, strict=True))
+    options: dict[str, Any] = {"norm": "layer", "alpha": 1.5, "eps": EPS}
+    a = gate_hierarchy_forward(z, weights, biases, **options)
+    dz, d_weights, d_biases = gate_hierarchy_backward(das, a, z, weights, biases, **options, needs=needs)
+    assert (dz is not None, len(d_weights), len(d_biases)) == (needs[0], 2 * needs[1], 2 * needs[2])
+    everything = run_levels(z, levels)
+    assert dz is None or torch.equal(dz, everything["dz"])
+    assert all(torch.equal(x, everything[f"dweight_{e}"]) for e, x in enumerate(d_weights))
+    assert all(torch.equal(x, everything[f"dbias_{e}"]) for e, x in enumerate(d_biases))
+
+
+@pytest.mark.parametrize("T", [1, 17])
+def test_all_levels_are_one_launch_each_way(T: int) -> None:
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    weights, rows, options = [meta(128, 16), meta(4, 16)], [meta(T, 128), meta(T, 4)], {"alpha": 1.5, "eps": EPS}
+    with record_launches("sm_90") as launches:
+        gate_hierarchy_forward(meta(T, 16), weights, [], norm="layer", **options)
+        gate_hierarchy_backward(rows, rows, meta(T, 16), weights, [], norm="layer", **options)
+    assert len(launches) == 2

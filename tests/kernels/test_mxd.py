@@ -306,7 +306,7 @@ def test_launches_of_a_gpt2_sized_block_on_sm_90() -> None:
         gradients = mxd_backward(y, A, B, meta(T, H), values, indices, *factors, activation="gelu", needs=MxDNeeds())
         gate_gradients = topk_gate_backward(gradients[1], values, indices, z, weight)
     assert [(launch.kernel.fn.__name__, launch.grid) for launch in launches] == [
-        ("_decoder_kernel", (8 * 6,)),
+        ("_decoder_kernel", (16 * 12,)),
         ("_gather_sum_kernel", (T, 3)),
         ("_product_backward_kernel", (250 * 2,)),
         ("_gather_dot_kernel", (T, 2)),

@@ -53,6 +53,9 @@ def gate(T: int, I: int, N: int, dtype: torch.dtype, norm: str, alpha: float, bi
     options = {"norm": norm, "alpha": alpha, "eps": 1e-5}
     a = at_end_of_page(native.gate_forward(z, weight, b, **options))
     native.gate_backward(da, a, z, weight, b, **options, needs=[True] * 3)
+    native.gate_hierarchy_backward(
+        [da] * 2, [a] * 2, z, [weight] * 2, [] if b is None else [b] * 2, **options, needs=[True] * 3
+    )
     native.entmax_backward(da, native.entmax_forward(da, alpha), alpha)
     native.learned_entmax_backward(da, at_end_of_page(a), at_end_of_page(torch.tensor([max(alpha, 1.1)])))
     s = at_end_of_page(native.gate_logits_forward(z, weight))

@@ -15,6 +15,7 @@ from mumoe_fast.testing.problems_gate import (
     batch_entmax_problem,
     entmax_problem,
     entmax_rows,
+    gate_hierarchy_problem,
     gate_problem,
     statistics_problem,
 )
@@ -192,3 +193,41 @@ def test_gate_logits(dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert torch.allclose(dz.float(), ds.float() @ weight.float(), atol=tolerance, rtol=tolerance)
     assert torch.allclose(dweight, ds.float().t() @ z.float(), atol=tolerance, rtol=tolerance)
+
+
+def run_levels(z: Tensor, levels: list[Any], norm: Norm = "layer", needs: tuple[bool, ...] = (True,) * 3) -> Any:
+    """What the operators for all levels of weight, bias and da give."""
+    weights, biases, das = ([x for x in part if x is not None] for part in zip(*levels, strict=True))
+    options: dict[str, Any] = {"norm": norm, "alpha": 1.5, "eps": EPS}
+    a = native.gate_hierarchy_forward(z, weights, biases, **options)
+    return a, *native.gate_hierarchy_backward(das, a, z, weights, biases, **options, needs=list(needs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["layer", "none"])
+@pytest.mark.parametrize(("T", "N"), [(1, (17,)), (16, (40, 4)), (5, (3, 1, 16, 130)), (GRAM_T, (GRAM_N, 4))], ids=str)
+def test_all_levels(T: int, N: tuple[int, ...], norm: Norm, dtype: torch.dtype) -> None:
+    z, *_ = gate_inputs(T, GRAM_I, 1, dtype)
+    levels = [gate_inputs(T, GRAM_I, n, dtype, bias=norm == "none")[1:] for n in N]
+    before = z.clone(), [da.clone() for _, _, da in levels]
+    a, dz, d_weights, d_biases = run_levels(z, levels, norm)
+    named = (("a", a), ("dweight", d_weights), ("dbias", d_biases))
+    results = {"dz": dz} | {f"{name}_{e}": x for name, tensors in named for e, x in enumerate(tensors)}
+    weights, biases, das = ([x for x in part if x is not None] for part in zip(*levels, strict=True))
+    gate_hierarchy_problem(z, weights, biases, das, norm=norm, alpha=1.5, eps=EPS).accept(results)
+    assert all(torch.equal(x, y) for x, y in zip((z, *das), (before[0], *before[1]), strict=True))
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_all_levels_return_what_is_needed(needs: tuple[bool, ...]) -> None:
+    z, *_ = gate_inputs(5, 24, 1, torch.float32)
+    levels = [gate_inputs(5, 24, n, torch.float32)[1:] for n in (20, 4)]
+    _, dz, d_weights, d_biases = run_levels(z, levels, needs=needs)
+    assert (dz is not None, len(d_weights), len(d_biases)) == (needs[0], 2 * needs[1], 2 * needs[2])
+
+
+def test_all_levels_without_tokens() -> None:
+    z, *_ = gate_inputs(0, 16, 1, torch.float32)
+    a, dz, d_weights, _ = run_levels(z, [gate_inputs(0, 16, n, torch.float32)[1:] for n in (20, 4)])
+    assert ([x.shape for x in a], dz.shape) == ([(0, 20), (0, 4)], (0, 16))
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in d_weights)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mumoe_fast import MuMoE, MuMoEMLP, functional, rank
@@ -44,6 +45,18 @@ def samples() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "gate permuted, bias": (gate.gate, (permuted(T, I), permuted(N, I), tensor(N), "none", 1.5, 1e-5)),
         "gate, master weight": (gate.gate, (tensor(T, I, dtype=half), tensor(N, I), None, "layer", 1.5, 1e-5)),
         "gate, frozen input": (gate.gate, (tensor(T, I, grad=False), tensor(N, I), None, "layer", 1.5, 1e-5)),
+        "gate_hierarchy": (
+            gate.gate_hierarchy,
+            (tensor(T, I), [tensor(N, I), tensor(3, I)], [], "layer", 1.5, 1e-5),
+        ),
+        "gate_hierarchy permuted, biases": (
+            gate.gate_hierarchy,
+            (permuted(T, I), [permuted(N, I), permuted(3, I)], [tensor(N), tensor(3)], "none", 1.25, 1e-5),
+        ),
+        "gate_hierarchy, master weights, frozen input": (
+            gate.gate_hierarchy,
+            (tensor(T, I, dtype=half, grad=False), [tensor(N, I), tensor(3, I)], [], "layer", 1.5, 1e-5),
+        ),
         "cp": (cp.cp, (tensor(T, I), coefficients(T, N), tensor(N, R), *shared, "none", True, False)),
         "cp permuted, no bias": (
             cp.cp,
@@ -81,8 +94,8 @@ def test_opcheck(name: str, impl: str, device: torch.device) -> None:
 def test_double_backward_is_a_clear_error(name: str, impl: str, device: torch.device) -> None:
     operator, arguments = sample(name, device)
     output = operator(*arguments, impl)
-    output = output[0] if isinstance(output, tuple) else output
-    inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    output = output[0] if isinstance(output, tuple | list) else output
+    inputs = [x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.requires_grad]
     first = torch.autograd.grad(output, inputs, torch.randn_like(output).requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match=r"mumoe::\w+ is not differentiable: double backward is not implemented"):
         torch.autograd.grad(sum(x.square().sum() for x in first), inputs)

@@ -11,7 +11,16 @@ import torch
 from mumoe_fast.bench.step import FORWARD, STEP
 from mumoe_fast.bench.suite.flops import Need
 from mumoe_fast.bench.suite.implementations import IMPLEMENTATIONS, Case
-from mumoe_fast.bench.suite.prediction import GPUS, LAUNCH_SECONDS, Operation, absent, predict, trace
+from mumoe_fast.bench.suite.prediction import (
+    GPUS,
+    LAUNCH_SECONDS,
+    PROGRAM_BYTES_PER_SECOND,
+    Kernel,
+    Operation,
+    absent,
+    predict,
+    trace,
+)
 from mumoe_fast.bench.suite.records import Ceilings
 from mumoe_fast.bench.suite.roofline import floor_at
 from mumoe_fast.bench.suite.workloads import Workload
@@ -35,6 +44,33 @@ def test_an_operation_takes_the_longest_of_three() -> None:
     assert Operation("x", int(3e12), 2e9, 1).seconds(ceilings) == 3
     assert Operation("x", int(1e12), 2e9, 1).seconds(ceilings) == 2
     assert Operation("x", 0, 0, 7).seconds(ceilings) == pytest.approx(7 * LAUNCH_SECONDS)
+
+
+def test_few_programs_do_not_draw_the_machines_bandwidth() -> None:
+    ceilings = Ceilings(bytes_per_second=100 * PROGRAM_BYTES_PER_SECOND, flops_per_second=1e12)
+    size = 1000 * PROGRAM_BYTES_PER_SECOND
+    for programs, seconds in ((1, 1000), (50, 20), (100, 10), (10_000, 10)):
+        kernel = Kernel(size, programs)
+        assert Operation("x", 0, size, 1, (kernel,)).seconds(ceilings) == pytest.approx(seconds)
+        # With as many bytes of someone else's, and twice, one after the other.
+        both = Operation("x", 0, 3 * size, 3, (kernel, kernel))
+        assert both.seconds(ceilings) == pytest.approx(2 * seconds + 10)
+
+
+def test_a_launch_is_as_wide_as_its_grid() -> None:
+    """The weights of a layer are megabytes for one token too, and there are few programs to draw them."""
+    layer = replace(BLOCK, features=(I, 1000), num_experts=(2048,))
+    few, many = (
+        trace(Case(replace(layer, tokens=tokens), SIDES["cp"], BF16, FORWARD), "sm_90")[-1] for tokens in (1, T)
+    )
+    (h200,) = [gpu for gpu in GPUS if "H200" in gpu.name]
+    (narrow,), (wide,) = few.kernels, many.kernels
+    assert narrow.programs < 84 < wide.programs
+    assert wide.seconds(h200.bytes_per_second) == wide.bytes / h200.bytes_per_second
+    assert narrow.seconds(h200.bytes_per_second) > narrow.bytes / h200.bytes_per_second
+    # U_1, U_in and b, and next to nothing of the token's own.
+    assert narrow.bytes == pytest.approx(2 * R * (2048 + I + 1), rel=0.01)
+    assert narrow.bytes < few.bytes
 
 
 def test_a_forward_pass_is_three_operators_with_the_operations_of_the_formula() -> None:
