@@ -172,7 +172,7 @@ _RING_FORWARD_READ = _by_architecture(_contraction(32, 64, 64, 4, 3), gfx942=_co
 _RING_BACKWARD = _by_architecture(_contraction(64, 32, 64, 8, 3), gfx942=_contraction(64, 32, 64, 4, 2))
 # Ranks that allow no wide loads need a pointer and a mask for every element: a narrower tile.
 _RING_BACKWARD_NARROW = _by_architecture(_contraction(64, 16, 64, 8, 3), gfx942=_contraction(64, 16, 32, 8, 2))
-_RING_BACKWARD_FLOAT32 = _by_architecture(_contraction(32, 16, 32, 8, 3), gfx942=_contraction(32, 16, 32, 4, 2))
+_RING_BACKWARD_FLOAT32 = _by_architecture(_contraction(16, 16, 32, 4, 3), gfx942=_contraction(32, 16, 32, 4, 2))
 # dh is read, and dA is a sum over ranks of which every block of them writes a part of its own.
 _RING_BACKWARD_READ = _by_architecture(_contraction(32, 32, 16, 4, 2), gfx942=_contraction(32, 32, 16, 4, 2))
 _RING_BACKWARD_READ_SMALL = _by_architecture(_contraction(8, 32, 16, 4, 2), gfx942=_contraction(8, 32, 16, 4, 2))

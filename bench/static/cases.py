@@ -75,6 +75,7 @@ WORKLOADS = (
     *_gpt2(149, "tr"),  # the paper's
     Workload("final layer, ring, four levels", T=4096, I=768, O=1000, R=512, N=(128, 4, 4, 4), factorization="tr"),
     Workload("short rows, ring", T=4096, I=96, O=96, R=64, N=(64,), factorization="tr"),  # contracted by its own kernel
+    Workload("short rows, ring, odd R", T=4096, I=40, O=40, R=69, N=(64,), factorization="tr"),
     *_few(1),
     *_few(16),
     *_few(200),
