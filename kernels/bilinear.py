@@ -229,7 +229,7 @@ def _contract(
 ) -> Tensor | None:
     """Fill `total` (T, R) with Σ_m v_m ⊙ (act(x) C_m + b_m), and return the dots (M, T) of act(x) C_m with `other`."""
     T, (M, K, R) = len(x), C.shape
-    config = bilinear_config(x.device, x.dtype, alignment(K, R) >= 8)
+    config = bilinear_config(x.device, x.dtype, alignment(K, R) >= 8, T)
     blocks_r = triton.cdiv(R, config.blocks["BLOCK_R"])
     dots = x.new_empty(blocks_r, M, T, dtype=torch.float32) if needs_dots else None
     launch(
@@ -326,7 +326,7 @@ def bilinear_forward(
 def _tokens_at_once(x: Tensor, C: Tensor) -> int:
     """How many tokens' dots the buffer holds in backward, where C's K is split into blocks: whole blocks of tokens."""
     M, K, R = C.shape
-    blocks = bilinear_config(x.device, x.dtype, alignment(K, R) >= 8).blocks
+    blocks = bilinear_config(x.device, x.dtype, alignment(K, R) >= 8, len(x)).blocks
     dots_per_block = M * triton.cdiv(K, blocks["BLOCK_R"]) * blocks["BLOCK_T"]
     return max(_DV_BUFFER // int(dots_per_block), 1) * blocks["BLOCK_T"]
 

@@ -301,10 +301,28 @@ _BILINEAR = {
 }
 
 
-def bilinear_config(device: torch.device, dtype: torch.dtype, wide: bool) -> Config:
+# The way back of few tokens.
+_BILINEAR_FEW_TOKENS = {
+    "interpreter": _CP_INTERPRETER,
+    **dict.fromkeys(_GPUS, _contraction(16, 32, 64, 4, 4)),
+    "gfx942": _contraction(16, 32, 64, 4, 2),
+}
+_BILINEAR_FEW_TOKENS_FLOAT32 = {
+    "interpreter": _CP_INTERPRETER,
+    "sm_80": _contraction(16, 32, 32, 4, 4),
+    "sm_90": _contraction(16, 32, 64, 4, 4),
+    "sm_100": _contraction(16, 32, 64, 4, 4),
+    "gfx942": _contraction(16, 32, 32, 4, 2),
+}
+
+
+def bilinear_config(device: torch.device, dtype: torch.dtype, wide: bool, T: int) -> Config:
     """For a sum of scaled products; `wide` is whether the sizes allow wide loads."""
-    half = _BILINEAR if wide else _BILINEAR_NARROW
-    return (_BILINEAR_FLOAT32 if dtype == torch.float32 else half)[architecture(device)]
+    if T <= FEW_TOKENS:
+        half, single = _BILINEAR_FEW_TOKENS, _BILINEAR_FEW_TOKENS_FLOAT32
+    else:
+        half, single = _BILINEAR if wide else _BILINEAR_NARROW, _BILINEAR_FLOAT32
+    return (single if dtype == torch.float32 else half)[architecture(device)]
 
 
 # Few tokens: a narrow strip of C for each of many programs, BLOCK_K of it at a time and several such on the way.

@@ -107,6 +107,20 @@ def test_gate_refuses(case: str) -> None:
         F.gate(**({"z": torch.randn(T, I), "weight": torch.randn(N, I)} | changes))  # type: ignore[arg-type]
 
 
+def test_gates_of_all_levels_name_the_one_that_is_wrong() -> None:
+    z, weights = torch.randn(T, I), [torch.randn(N, I), torch.randn(3, I)]
+    with pytest.raises(TypeError, match=r"weights: expected a list or tuple .* got Tensor"):
+        F.gate_hierarchy(z, weights[0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"z: expected last dimension 9 \(in_features of weights\[1\]\)"):
+        F.gate_hierarchy(z, [weights[0], torch.randn(3, I + 1)])
+    with pytest.raises(ValueError, match=r"one tensor per hierarchy level.*2 in weights, 1 in biases"):
+        F.gate_hierarchy(z, weights, [torch.randn(N)])
+    with pytest.raises(ValueError, match=r"biases\[1\]: expected shape \(3\), got \(2,\)"):
+        F.gate_hierarchy(z, weights, [torch.randn(N), torch.randn(2)])
+    with pytest.raises(ValueError, match="eps: expected a positive number"):
+        F.gate_hierarchy(z, weights, eps=0.0)
+
+
 def test_batch_norm_refuses_a_single_token_and_names_it() -> None:
     with pytest.raises(ValueError, match="z: batch norm expected at least 2 tokens in training, got 1"):
         F.batch_norm_gate(torch.randn(1, I), torch.randn(N, I))

@@ -335,3 +335,11 @@ def test_all_levels_are_one_launch_each_way(T: int) -> None:
         gate_hierarchy_forward(meta(T, 16), weights, [], norm="layer", **options)
         gate_hierarchy_backward(rows, rows, meta(T, 16), weights, [], norm="layer", **options)
     assert len(launches) == 2
+
+
+def test_fresh_levels_have_brackets_of_their_own(device: torch.device) -> None:
+    """A flat row's threshold is the bracket's right end, which is the number of experts'."""
+    z, levels = levels_of(4, 16, (3, 32), device, bias=False)
+    results = check_levels(z, [(torch.zeros_like(weight), bias, da) for weight, bias, da in levels])
+    for e, N in enumerate((3, 32)):
+        torch.testing.assert_close(results[f"a_{e}"], torch.full((4, N), 1 / N, device=device))
