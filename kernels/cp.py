@@ -225,7 +225,7 @@ def cp_backward(
     A and B are what `cp_forward` saved. Weight gradients accumulate in float32 and come in the factors' dtype. Alive at
     most: 2 + E transients T×R (h, dB and the dA_e, each freed after the GEMMs that read it, dB last; where the vendor
     makes dh it lies where dB will, and of several levels those that the vendor makes are one more each until the dA_e
-    are there), then dB beside dz and, with an activation, one transient T×I.
+    are there), then dB beside dz.
     """
     needs = CPNeeds(*needs)
     (T, O), R = dy.shape, len(in_factor)

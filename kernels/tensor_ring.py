@@ -261,7 +261,7 @@ def tr_backward(
     """dz, [da_e], [dU_e], dU_in, db, dU_out, each None where `needs` (one flag per argument) does not ask for it.
 
     A and B are what `tr_forward` saved. Weight gradients accumulate in float32 and come in the cores' dtype. Alive at
-    most: h (T, P, R), dB (T, M, R) and, where the vendor makes it, dh (T, P, R), then dB beside dz and, with an activation, one T×I.
+    most: h (T, P, R), dB (T, M, R) and, where the vendor makes it, dh (T, P, R), then dB beside dz.
     """
     needs_z, needs_a, needs_experts, needs_in, needs_bias, needs_out = needs
     (T, O), (_, P, M), R = dy.shape, A.shape, in_core.shape[1]

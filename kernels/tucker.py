@@ -76,8 +76,7 @@ def tucker_backward(
     """dz, [da_e], [dU_e], dU_in, db, dcore, dU_out, each None where `needs` (a flag per argument) does not ask for it.
 
     B and c are what `tucker_forward` saved. Gradients accumulate in float32 and come in the tensors' dtype. Alive at
-    most: dc (T, R_O), dB (T, R_I) and the buffer of `bilinear_backward`; then dB beside dz and, with an activation, one
-    transient T×I.
+    most: dc (T, R_O), dB (T, R_I) and the buffer of `bilinear_backward`; then dB beside dz.
     """
     needs_z, needs_a, needs_experts, needs_in, needs_bias, needs_core, needs_out = needs
     needs_bias = needs_bias and in_bias is not None
