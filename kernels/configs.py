@@ -74,7 +74,7 @@ def _by_architecture(nvidia: Config, gfx942: Config, **others: Config) -> dict[s
 # Few tokens take as long as their weights, of which a multiprocessor streams some 50 KB/µs: tiles of 16 ranks spread a
 # rank of 352 over 22 multiprocessors, of 128 over 3. With four stages of 256 all of 768 features are on their way at
 # once, in place of one wave of loads for each 64.
-_FEW_TOKENS = 16
+FEW_TOKENS = 16
 _CP_FEW = _by_architecture(
     _contraction(16, 16, 256, 4, 4),
     gfx942=_contraction(16, 16, 256, 4, 2),
@@ -109,7 +109,7 @@ def _cp_contracting(
     dtype: torch.dtype, T: int, wide: bool, many: Mapping[str, Config], small: Mapping[str, Config]
 ) -> Mapping[str, Config]:
     """The table for T tokens: `many` where they are many and loads are wide, `small` for exact dots and narrow loads."""
-    if T <= _FEW_TOKENS:
+    if T <= FEW_TOKENS:
         return _CP_FEW_FLOAT32 if dtype == torch.float32 else _CP_FEW
     if dtype == torch.float32 or not wide:
         return small
@@ -173,7 +173,7 @@ def tr_forward_config(device: torch.device, dtype: torch.dtype, T: int, *, rows:
     elif dtype == torch.float32:
         table = _RING_FORWARD_FLOAT32
     else:
-        table = _RING_FEW if T <= _FEW_TOKENS else _RING_FORWARD
+        table = _RING_FEW if T <= FEW_TOKENS else _RING_FORWARD
     return _with_rows(table[architecture(device)], rows)
 
 
@@ -185,7 +185,7 @@ def tr_backward_config(
         table = _RING_BACKWARD_READ
     elif dtype == torch.float32:
         table = _RING_BACKWARD_FLOAT32
-    elif T <= _FEW_TOKENS:
+    elif T <= FEW_TOKENS:
         table = _RING_FEW
     else:
         table = _RING_BACKWARD if wide else _RING_BACKWARD_NARROW
