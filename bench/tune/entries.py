@@ -104,7 +104,7 @@ def contracting(architecture: str, crossover: Crossover) -> Iterator[None]:
 _ONE = {"T": 1, "I": 768, "O": 1000, "N": (128,), "share": 0.05}
 _UP = {"T": 24_576, "I": 768, "O": 3072, "N": (256,), "share": 0.05}
 _DOWN = {**_UP, "I": 3072, "O": 768, "activation": "gelu"}
-_CP, _RING, _TUCKER = {"R": 552}, {"R": (4, 4, 144)}, {"R": (16, 512, 512)}
+_CP, _RING = {"R": 552}, {"R": (4, 4, 144)}
 ENTRIES = (
     # entmax alone
     Entry("_ROWS", trials.entmax, {"T": 24_576, "N": 256, "alpha": 1.5}),
@@ -125,5 +125,7 @@ ENTRIES = (
     Entry("_RING_BACKWARD", trials.tensor_ring, _UP | _RING, backward=True, placed=KERNEL),
     # what is less often used
     Entry("_CP_SOME", trials.cp, _UP | _CP | {"T": 512}, placed=KERNEL),
-    Entry("_BILINEAR", trials.tucker, _UP | _TUCKER | {"T": 8192}, backward=True),
+    Entry(
+        "_BILINEAR", trials.tucker, {"T": 8192, "I": 768, "O": 3072, "N": (256,), "R": (16, 512, 512)}, backward=True
+    ),
 )
