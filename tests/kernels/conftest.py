@@ -7,8 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from mumoe_fast.kernels import configs
-from mumoe_fast.kernels.configs import Crossover, From
+from mumoe_fast.kernels.configs import Crossover, From, contraction
 from tests.layouts import GPU_TILES
 
 
@@ -22,7 +21,7 @@ def contractor(request: pytest.FixtureRequest) -> Iterator[str]:
     """Who contracts, however many tokens and however long the contraction."""
     always = From(1 if request.param == "vendor" else 2**62, 0)
     with ExitStack() as patches:
-        for table in (configs._CP_VENDOR, configs._RING_VENDOR, configs._VENDOR_FLOAT32):
+        for table in (contraction.CP_VENDOR, contraction.RING_VENDOR, contraction.VENDOR_FLOAT32):
             patches.enter_context(patch.dict(table, dict.fromkeys(table, Crossover(always, always))))
         yield request.param
 
