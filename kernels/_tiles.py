@@ -67,6 +67,11 @@ def made(product: Tensor) -> Product:
     return (matrix(product),)
 
 
+def is_made(product: Product) -> bool:
+    """Whether the kernel reads it."""
+    return len(product) == 1
+
+
 def vendor_product(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """``act(x) w + bias`` (T, R) by the vendor's GEMM; act(x), a transient as large as x, by one pass before it."""
     if activation != "none":
@@ -219,14 +224,21 @@ def input_mode_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz (T, I) and dU_in (R, I) of ``B = act(z) U_inᵀ``, from dB (T, R).
 
-    With an activation act(z) is recomputed by the pass that multiplies dz by its slope. Alive at most: dz and act(z).
+    With an activation act(z) is recomputed, and dz takes its place once dU_in has read it: one T×I is alive, where a
+    single pass over z for both would need two (and read z once less).
     """
-    dz = torch.mm(dB, in_factor) if needs_z else None
     if activation == "none":
+        dz = torch.mm(dB, in_factor) if needs_z else None
         return dz, torch.mm(dB.t(), z) if needs_in_factor else None
-    activated = z.new_empty(z.shape) if needs_in_factor else None
-    activation_pass(z, activation, dz, activated)
-    return dz, None if activated is None else torch.mm(dB.t(), activated)
+    buffer, d_in_factor = z.new_empty(z.shape), None
+    if needs_in_factor:
+        activation_pass(z, activation, dz=None, activated=buffer)
+        d_in_factor = torch.mm(dB.t(), buffer)
+    if not needs_z:
+        return None, d_in_factor
+    dz = torch.mm(dB, in_factor, out=buffer)
+    activation_pass(z, activation, dz=dz, activated=None)
+    return dz, d_in_factor
 
 
 def expert_mode_gradients(

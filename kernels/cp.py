@@ -11,8 +11,10 @@ Backward:
 and from dB and dA_e the gradients of the input and expert modes as `_tiles` has them. z (T, I), a_e (T, N_e),
 U_e (N_e, R), U_in (R, I), b (R), U_out (O, R), y (T, O).
 
-A_e, B and dh are products of two matrices. `vendor_contracts` says of each whether the kernel contracts it, so that it
-never goes to memory, or the vendor's GEMM makes it and the kernel reads it.
+Backward reads B, and A where the experts are many; of few, A is contracted again, which takes no longer than its way to
+memory and back, and a block keeps a fifth less. A_e, B and dh are products of two matrices. `vendor_contracts` says of
+each whether the kernel contracts it, so that it never goes to memory, or the vendor's GEMM makes it and the kernel
+reads it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from mumoe_fast.kernels._tiles import (
     expert_mode_gradients,
     grouped_blocks,
     input_mode_gradients,
+    is_made,
     made,
     offsets,
     product_tile,
@@ -41,6 +44,15 @@ from mumoe_fast.kernels._tiles import (
     vendor_product,
 )
 from mumoe_fast.kernels.configs import cp_backward_config, cp_forward_config, vendor_contracts
+
+# Of bfloat16 on an H200 an entry of A is contracted from N experts in 2 N / 500 TFLOP/s, and written and read in
+# 4 bytes / 4.3 TB/s: as long at N = 230. To twice that the memory is worth it.
+_MOST_CONTRACTED_AGAIN = 512
+
+
+def keeps_A(num_experts: Sequence[int]) -> bool:
+    """Whether forward saves A for backward, by the levels' numbers of experts."""
+    return sum(num_experts) > _MOST_CONTRACTED_AGAIN
 
 
 class CPNeeds(NamedTuple):
@@ -96,8 +108,8 @@ def _cp_forward_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _cp_backward_kernel(
     output_product,
+    A_products,
     levels,
-    A_ptr,
     B_ptr,
     h_ptr,
     dB_ptr,
@@ -116,12 +128,14 @@ def _cp_backward_kernel(
     block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_r = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R)
     mask_t, mask_r = offs_t < T, offs_r < R
+    A = product_tile(A_products[0], offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+    for e in tl.static_range(1, len(A_products)):
+        A = times_product(A, A_products[e], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
     dh = product_tile(output_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
 
     # dB may lie where dh was read.
     mask = mask_t[:, None] & mask_r[None, :]
     offs = offs_t[:, None] * R + offs_r[None, :]
-    A = load(A_ptr + offs, mask)
     if dB_ptr is not None:
         store(dB_ptr + offs, dh * A, mask)
     if partial_ptr is not None:
@@ -205,7 +219,7 @@ def cp_forward(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (T, O), and A and B (T, R) in the tensors' dtype if they are to be saved for backward, else empty.
+    """y (T, O), and in the tensors' dtype what is saved for backward: B (T, R), and A (T, R) if `keeps_A`; else empty.
 
     h is computed from the float32 A and B, or from what the vendor rounded of them, written once, and multiplied with
     U_out by the vendor's GEMM. Alive at most: A, B and h, unless they are saved h alone and what the vendor made; and
@@ -217,17 +231,16 @@ def cp_forward(
         made_B = vendor_product(z, in_factor.t(), in_bias, activation)
     levels = list(map(_made_level, coefficients, expert_factors))
     made_A = levels[0] if len(levels) == 1 else None
-    if save:
-        A, B = (z.new_empty(T, R) if x is None else x for x in (made_A, made_B))
-    else:
-        A, B = z.new_empty(0), z.new_empty(0)
+    save_A = save and keeps_A([len(factor) for factor in expert_factors])
+    A = z.new_empty(0) if not save_A else z.new_empty(T, R) if made_A is None else made_A
+    B = z.new_empty(0) if not save else z.new_empty(T, R) if made_B is None else made_B
     h = z.new_empty(T, R) if save or made_B is None else made_B
     _launch_forward(
         z,
         in_factor,
         None if in_bias is None or made_B is not None else in_bias.contiguous(),
         h,
-        A if save and made_A is None else None,
+        A if save_A and made_A is None else None,
         B if save and made_B is None else None,
         made_B,
         *(*coefficients, *expert_factors, *levels),
@@ -253,10 +266,10 @@ def cp_backward(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None, Tensor | None, Tensor | None]:
     """dz, [da_e], [dU_e], dU_in, db, dU_out, each None where it is not needed.
 
-    A and B are what `cp_forward` saved. Weight gradients accumulate in float32 and come in the factors' dtype. Alive at
-    most: 2 + E transients T×R (h, dB and the dA_e, each freed after the GEMMs that read it, dB last; where the vendor
-    makes dh it lies where dB will, and of several levels those that the vendor makes are one more each until the dA_e
-    are there), then dB beside dz.
+    A and B are what `cp_forward` saved; an empty A is made again. Weight gradients accumulate in float32 and come in
+    the factors' dtype. Alive at most: 2 + E transients T×R (h, dB and the dA_e, each freed after the GEMMs that read
+    it, dB last; where the vendor makes dh it lies where dB will, and what it makes of A or of several levels is one
+    more each until the dA_e are there), then dB beside dz.
     """
     needs = CPNeeds(*needs)
     (T, O), R = dy.shape, len(in_factor)
@@ -265,12 +278,20 @@ def cp_backward(
     dh = None
     if (needs_A or needs_B or needs_bias) and vendor_contracts("cp", z.device, z.dtype, T, O, "none"):
         dh = vendor_product(dy, out_factor)
-    others = expert_factors if needs_A and len(expert_factors) > 1 else ()  # a single level's dA needs no other level
-    levels: tuple[Product, ...] = ()
-    if others:
-        levels = _products(list(map(_made_level, coefficients, others)), coefficients, others)
-    wide = _wide(R, O, others)
-    config = cp_backward_config(z.device, z.dtype, T, levels=len(levels), wide=wide, reads_dh=dh is not None)
+    several = needs_A and len(expert_factors) > 1  # a single level's dA needs no other level
+    products: tuple[Product, ...] = ()
+    if several or not A.numel():
+        products = _products(list(map(_made_level, coefficients, expert_factors)), coefficients, expert_factors)
+    A_products, levels = (made(A),) if A.numel() else products, products if several else ()
+    config = cp_backward_config(
+        z.device,
+        z.dtype,
+        T,
+        levels=len(levels),
+        wide=_wide(R, O, expert_factors if products else ()),
+        reads_A=all(is_made(product) for product in A_products),
+        reads_dh=dh is not None,
+    )
     blocks_t, blocks_r = triton.cdiv(T, config.blocks["BLOCK_T"]), triton.cdiv(R, config.blocks["BLOCK_R"])
     h = z.new_empty(T, R) if needs.out_factor else None
     dB = None if not needs_B else z.new_empty(T, R) if dh is None else dh
@@ -282,8 +303,8 @@ def cp_backward(
         config,
         z.device,
         output_product=contracted(dy, out_factor) if dh is None else made(dh),
+        A_products=A_products,
         levels=levels,
-        A_ptr=A.contiguous(),
         B_ptr=B.contiguous(),
         h_ptr=h,
         dB_ptr=dB,
@@ -294,7 +315,7 @@ def cp_backward(
         R_ALIGN=alignment(R),
         PRECISION=dot_precision(z.dtype),
     )
-    del dh, levels
+    del dh, products, A_products, levels
     d_out_factor = None if h is None else torch.mm(dy.t(), h)
     del h
     d_coefficients: list[Tensor | None] = []

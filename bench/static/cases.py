@@ -37,10 +37,11 @@ class Workload:
     def sizes(self, level: int = 0) -> dict[str, int]:
         """The letters' values at a hierarchy level; P and M are the ring's first ranks (the paper's), K is MxD's.
 
-        Q is Tucker's rank of the level's mode, and C that of all of them together.
+        Q is Tucker's rank of the level's mode, and C that of all of them together. S is the tokens whose A CP keeps.
         """
         ranks = [min(n, 16) for n in self.N]
-        own = {"T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
+        kept = self.T if cp.keeps_A(self.N) else 0
+        own = {"S": kept, "T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
         return {**own, "P": 4, "M": 4, "K": 32, "Q": ranks[level], "C": prod(ranks)}
 
 
@@ -266,7 +267,7 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(cp.cp_forward, _CP_FACTORS, {"activation": _activation, "save": False}, "inference", _gpt2_experts),
     Operator(
         cp.cp_backward,
-        {"dy": "T O", **_CP_FACTORS, "A": "T R", "B": "T R"},
+        {"dy": "T O", **_CP_FACTORS, "A": "S R", "B": "T R"},
         {"activation": _activation, "needs": cp.CPNeeds()},
         fits=_is_cp,
     ),

@@ -54,6 +54,7 @@ CP_FORWARD = by_architecture(
 CP_FORWARD_READ = by_architecture(contraction(64, 128, 64, 4, 3), gfx942=contraction(64, 64, 64, 4, 2))
 # One level needs one accumulator. More need dh ⊙ B, the product so far and the next level's: half the tile.
 CP_BACKWARD = by_architecture(contraction(128, 128, 64, 8, 3), gfx942=contraction(128, 128, 64, 8, 2))
+CP_BACKWARD_BOTH = CP_BACKWARD
 CP_BACKWARD_LEVELS = by_architecture(contraction(128, 64, 64, 8, 3), gfx942=contraction(128, 64, 64, 8, 2))
 CP_BACKWARD_LEVELS_SMALL = by_architecture(contraction(64, 32, 32, 8, 3), gfx942=contraction(64, 32, 32, 4, 2))
 # Nothing is contracted: an elementwise pass over T×R, as many loads in flight as there are blocks.
@@ -83,13 +84,22 @@ def cp_forward_config(
 
 
 def cp_backward_config(
-    device: torch.device, dtype: torch.dtype, T: int, *, levels: int, wide: bool, reads_dh: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    T: int,
+    *,
+    levels: int,
+    wide: bool,
+    reads_A: bool = False,
+    reads_dh: bool = False,
 ) -> Config:
     """For the kernel that computes dB and every level's dA; `levels` is how many dA take, none if there is one dA."""
-    if reads_dh and levels == 0:
+    if levels:
+        return _cp_contracting(dtype, T, wide, CP_BACKWARD_LEVELS, CP_BACKWARD_LEVELS_SMALL)[architecture(device)]
+    if reads_A and reads_dh:
         return CP_READ[architecture(device)]
-    many, small = (CP_BACKWARD_LEVELS, CP_BACKWARD_LEVELS_SMALL) if levels else (CP_BACKWARD, CP_SMALL)
-    return _cp_contracting(dtype, T, wide, many, small)[architecture(device)]
+    many = CP_FORWARD_READ if reads_dh else CP_BACKWARD if reads_A else CP_BACKWARD_BOTH
+    return _cp_contracting(dtype, T, wide, many, CP_SMALL)[architecture(device)]
 
 
 def activation_backward_config(device: torch.device) -> Config:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from mumoe_fast.kernels import cp
 from mumoe_fast.kernels._common import record_launches
 from mumoe_fast.kernels.configs import cp_backward_config, cp_forward_config, target_architecture
 from mumoe_fast.kernels.cp import CPNeeds, cp_backward, cp_forward
@@ -80,6 +81,28 @@ def test_one_under_at_and_over_a_block(letter: str, size: int, device: torch.dev
     check(cp_problem(sizes["T"], sizes["I"], sizes["O"], (sizes["N"],), sizes["R"], activation="gelu", device=device))
 
 
+@pytest.fixture
+def keeps_A(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of many experts; the tests' are few, and their A is contracted again."""
+    monkeypatch.setattr(cp, "_MOST_CONTRACTED_AGAIN", 0)
+
+
+@pytest.mark.usefixtures("keeps_A")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("T", "N"), [(1, (7,)), (18, (19,)), (18, (3, 1, 5))])
+def test_a_kept_A(T: int, N: tuple[int, ...], dtype: torch.dtype, contractor: str, device: torch.device) -> None:
+    problem = cp_problem(T, 23, 11, N, 21, dtype=dtype, activation="gelu", device=device)
+    assert forward(problem)[1].shape == (T, 21)
+    check(problem)
+
+
+def test_few_experts_keep_B_alone(device: torch.device) -> None:
+    _, A, B = forward(cp_problem(5, 8, 8, (512,), 8, device=device))
+    assert (A.numel(), B.shape) == (0, (5, 8))
+    _, A, B = forward(cp_problem(5, 8, 8, (512, 2), 8, device=device))
+    assert A.shape == B.shape == (5, 8)
+
+
 @pytest.mark.parametrize("T", [0, 1, 2, 15, 16, 17, 33, 49])
 def test_token_counts(T: int, contractor: str, device: torch.device) -> None:
     check(cp_problem(T, 20, 12, (10,), 24, activation="silu", device=device))
@@ -109,6 +132,7 @@ def test_activations(activation: str, dtype: torch.dtype, contractor: str, devic
 SIZES = {"I": 19, "O": 21, "N": 23}
 
 
+@pytest.mark.usefixtures("keeps_A")
 @pytest.mark.parametrize("letters", ["", "I", "N", "O", "INO"])
 def test_each_contraction_is_made_where_its_own_length_says(letters: str, device: torch.device) -> None:
     """Recorded, with the table as it is: 17 tokens are enough for the vendor, and a length of 32."""
@@ -133,7 +157,9 @@ def test_each_contraction_is_made_where_its_own_length_says(letters: str, device
 def test_tiles_grow_with_the_tokens(T: int, tokens: int, device: torch.device) -> None:
     with target_architecture("sm_90"):
         assert cp_forward_config(device, torch.bfloat16, T, wide=True).blocks["BLOCK_T"] == tokens
-        assert cp_backward_config(device, torch.bfloat16, T, levels=0, wide=True).blocks["BLOCK_T"] == tokens
+        assert (
+            cp_backward_config(device, torch.bfloat16, T, levels=0, wide=True, reads_A=True).blocks["BLOCK_T"] == tokens
+        )
 
 
 def transposed(x: Tensor) -> Tensor:

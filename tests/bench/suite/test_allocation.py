@@ -52,7 +52,7 @@ def test_it_is_what_the_profiler_sees(name: str, direction: str) -> None:
     assert peak_bytes(case, "interpreter") == pytest.approx(seen, rel=0.02)
 
 
-@pytest.mark.parametrize("factorization", ["TR"])
+@pytest.mark.parametrize("factorization", ["CP", "TR"])
 def test_a_training_step_of_a_block_holds_no_more_than_the_dense_ones(factorization: str) -> None:
     ours, dense = (
         peak_bytes(Case(GPT2, SIDES[name], torch.bfloat16, STEP), "sm_90")
