@@ -128,10 +128,14 @@ def _cp_backward_kernel(
     block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_r = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R)
     mask_t, mask_r = offs_t < T, offs_r < R
-    A = product_tile(A_products[0], offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
-    for e in tl.static_range(1, len(A_products)):
-        A = times_product(A, A_products[e], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
-    dh = product_tile(output_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+    if len(A_products[0]) == 1 and len(A_products) == 1:  # read last: it waits in no register for the contraction
+        dh = product_tile(output_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+        A = product_tile(A_products[0], offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+    else:
+        A = product_tile(A_products[0], offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+        for e in tl.static_range(1, len(A_products)):
+            A = times_product(A, A_products[e], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
+        dh = product_tile(output_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
 
     # dB may lie where dh was read.
     mask = mask_t[:, None] & mask_r[None, :]

@@ -52,9 +52,12 @@ CP_FORWARD = by_architecture(
 )
 # B is read, and only N_e contracted: a few steps between waiting for loads and for stores, which other blocks fill.
 CP_FORWARD_READ = by_architecture(contraction(64, 128, 64, 4, 3), gfx942=contraction(64, 64, 64, 4, 2))
-# One level needs one accumulator. More need dh ⊙ B, the product so far and the next level's: half the tile.
+# One level needs an accumulator for dh and, of few experts, one for A, with which sm_100 spills. More levels need
+# dh ⊙ B, the product so far and the next level's: half the tile.
+CP_BACKWARD_BOTH = by_architecture(
+    contraction(128, 128, 64, 8, 3), sm_100=contraction(128, 64, 64, 8, 3), gfx942=contraction(128, 128, 64, 8, 2)
+)
 CP_BACKWARD = by_architecture(contraction(128, 128, 64, 8, 3), gfx942=contraction(128, 128, 64, 8, 2))
-CP_BACKWARD_BOTH = CP_BACKWARD
 CP_BACKWARD_LEVELS = by_architecture(contraction(128, 64, 64, 8, 3), gfx942=contraction(128, 64, 64, 8, 2))
 CP_BACKWARD_LEVELS_SMALL = by_architecture(contraction(64, 32, 32, 8, 3), gfx942=contraction(64, 32, 32, 4, 2))
 # Nothing is contracted: an elementwise pass over T×R, as many loads in flight as there are blocks.
