@@ -26,7 +26,8 @@ HOW_TO_READ = (
 )
 PREDICTED = (
     "Nothing in this section was measured. For GPUs that are not here, the time is predicted from operations, bytes "
-    "and launches at the rates of their data sheets, which nothing reaches: a GPU is slower than this."
+    "and launches at the rates of their data sheets, which nothing reaches: a GPU is slower than this. "
+    "The peak of memory is counted from what a call allocates."
 )
 
 
@@ -202,15 +203,16 @@ def left_out_part(records: Sequence[Record]) -> Iterator[Markup]:
 
 
 def predictions(records: Sequence[Record]) -> Markup:
-    """Times on GPUs that are not here, and in brackets how many times the floor that is."""
+    """Times on GPUs that are not here (how many times the floor that is), and the memory that a call takes."""
     gpus = list(dict.fromkeys(record.predicted_for or "" for record in records))
     rows: list[list[str]] = []
     for workload, of_workload in parts(records, lambda record: record.workload):
         rows.append([workload])
         for name, of_name in parts(of_workload, lambda record: f"{record.implementation}, {side(record)}"):
             found = {record.predicted_for: record for record in of_name}
-            rows.append([name, *(predicted(found.get(gpu)) for gpu in gpus)])
-    card = html.card(html.table(("predicted (× floor)", *gpus), rows))
+            peak = max((record.peak_bytes or 0 for record in of_name), default=0)
+            rows.append([name, *(predicted(found.get(gpu)) for gpu in gpus), quantity(peak, "B") if peak else "–"])
+    card = html.card(html.table(("predicted (× floor)", *gpus, "peak memory"), rows))
     return html.section("Predicted, not measured", html.paragraph(PREDICTED, "warning"), card)
 
 

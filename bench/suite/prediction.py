@@ -5,36 +5,33 @@ every kernel that it would launch, and their tensors. An operator then takes as 
 operations at the data sheet's rate, the bytes of its launches at the data sheet's bandwidth, and its launches one after
 the other. Bytes are those of each launch's tensors, times the excess that the interpreter counted for the kernel
 (`bench.static`), and a launch of few programs draws no more than they can together: for few tokens that is what counts.
-Nothing reaches its data sheet, so a GPU is slower than this.
+Nothing reaches its data sheet, so a GPU is slower than this. The peak of memory is no prediction but a count
+(`allocation`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from math import prod
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from mumoe_fast.bench.step import action
+from mumoe_fast.bench.suite.allocation import peak_bytes
+from mumoe_fast.bench.suite.dataless import call_of, is_cast_to_float32, opened, run_inside, storage, tensors
 from mumoe_fast.bench.suite.flops import floor
 from mumoe_fast.bench.suite.implementations import Case
 from mumoe_fast.bench.suite.records import Ceilings, Record, Run
 from mumoe_fast.bench.suite.roofline import floor_at
 from mumoe_fast.bench.suite.run import blank
-from mumoe_fast.kernels._common import Launch, record_launches
-from mumoe_fast.ops import dispatch
+from mumoe_fast.kernels._common import Launch
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ class Trace(TorchDispatchMode):
         """Run the operator without data, and note it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        inputs, outputs = tensors((args, kwargs)), tensors(result)
         if func.namespace == "mumoe":
             self.operations.append(self._opened(func, args, kwargs, result))
         elif not self._is_free(func, inputs, outputs):
@@ -139,10 +136,8 @@ class Trace(TorchDispatchMode):
         """An operator of ours, with the bytes and launches of what happens inside."""
         inner = Trace(self._architecture)
         inner._inside = True
-        with unset_fake_temporarily(), record_launches(self._architecture) as launches:
-            args, kwargs = tree_map_only(Tensor, _without_data, (args, kwargs))
-            with inner:
-                func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        with opened(self._architecture, args, kwargs) as (args, kwargs, launches), inner:
+            run_inside(func, args, kwargs)
         kernels = tuple(map(_kernel, launches))
         size = sum(operation.bytes for operation in inner.operations) + sum(kernel.bytes for kernel in kernels)
         flops = self._flops(func, args, kwargs, result)
@@ -150,16 +145,16 @@ class Trace(TorchDispatchMode):
 
     def _is_free(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
         """Whether nothing is launched: views, empty tensors, and the copies to float32 that a GPU's GEMM saves."""
-        if self._inside and func._overloadpacket in _CASTS and outputs[0].dtype == torch.float32:
+        if self._inside and is_cast_to_float32(func, outputs[0]):
             if inputs[0].dtype != torch.float32:
-                self._casts[_storage(outputs[0])] = inputs[0]
+                self._casts[storage(outputs[0])] = inputs[0]
             return True
-        known = {_storage(tensor) for tensor in inputs}
-        view = not func._schema.is_mutable and all(_storage(tensor) in known for tensor in outputs)
+        known = {storage(tensor) for tensor in inputs}
+        view = not func._schema.is_mutable and all(storage(tensor) in known for tensor in outputs)
         return view or func._overloadpacket in _EMPTY
 
     def _bytes(self, tensor: Tensor) -> int:
-        return self._casts.get(_storage(tensor), tensor).nbytes
+        return self._casts.get(storage(tensor), tensor).nbytes
 
     @staticmethod
     def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -167,7 +162,6 @@ class Trace(TorchDispatchMode):
         return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
-_CASTS = (torch.ops.aten.to, torch.ops.aten._to_copy)
 _EMPTY = (
     *(torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided),
     *(torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided),
@@ -176,43 +170,14 @@ _EMPTY = (
 
 def _kernel(launch: Launch) -> Kernel:
     times = excess().get(launch.kernel.fn.__name__, 1.0)
-    return Kernel(times * sum(tensor.nbytes for tensor in _tensors(dict(launch.arguments))), prod(launch.grid))
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters in this dtype: without data they cannot be converted."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return Kernel(times * sum(tensor.nbytes for tensor in tensors(dict(launch.arguments))), prod(launch.grid))
 
 
 def trace(case: Case, architecture: str) -> list[Operation]:
     """Every operator of one call of the case on an architecture, with what it would launch; nothing is computed."""
-    workload, side = case.workload, case.implementation
-    with patch.object(dispatch, "_triton_obstacle", lambda device: None), FakeTensorMode(allow_non_fake_inputs=True):
-        with _default_dtype(case.dtype):
-            module = side.make(workload)
-        x = torch.empty(workload.tokens, workload.features[0], dtype=case.dtype)
-        act = action(module, x, case.direction)
-        found = Trace(architecture)
-        with found:
-            act()
+    found = Trace(architecture)
+    with call_of(case) as call, found:
+        call()
     return found.operations
 
 
@@ -223,13 +188,16 @@ def predict(cases: Iterable[Case], run: Run, gpus: Sequence[Gpu] = GPUS) -> Iter
             continue
         record = blank(case.workload, case.implementation, case.dtype, case.direction, run)
         need = floor(case.workload, case.implementation, case.dtype, case.direction)
-        operations = {name: trace(case, name) for name in dict.fromkeys(gpu.architecture for gpu in gpus)}
+        architectures = dict.fromkeys(gpu.architecture for gpu in gpus)
+        operations = {name: trace(case, name) for name in architectures}
+        peaks = {name: peak_bytes(case, name) for name in architectures}
         for gpu in gpus:
             ceilings = gpu.ceilings(case.dtype)
             yield replace(
                 record,
                 predicted_for=gpu.name,
                 predicted_seconds=sum(operation.seconds(ceilings) for operation in operations[gpu.architecture]),
+                peak_bytes=peaks[gpu.architecture],
                 floor=floor_at(need, ceilings),
                 ceilings=ceilings,
             )

@@ -83,7 +83,7 @@ class Record:
 
     `refused` says why there is nothing else: the implementation cannot run here, or (`wrong`) its results are wrong and
     it was not timed. A prediction for a GPU that is not there names it in `predicted_for` and has `predicted_seconds`
-    in place of a latency.
+    in place of a latency, and a peak that was counted.
     """
 
     workload: str

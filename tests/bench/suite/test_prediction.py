@@ -111,6 +111,8 @@ def test_predictions_are_labelled_and_hold_for_every_gpu() -> None:
     assert [record.predicted_for for record in records] == [gpu.name for gpu in GPUS]
     for record in records:
         assert record.predicted
+        assert record.peak_bytes is not None
+        assert record.peak_bytes > 0
         assert record.latency is None
         assert record.over_floor is not None
         assert record.over_floor >= 1
