@@ -3,7 +3,8 @@
     python -m mumoe_fast.bench static            # the whole grid
     python -m mumoe_fast.bench static --quick    # one column: sm_90, bfloat16
 
-`bytes` defines what is counted, `rules` what must hold, `cases` what is checked, `launches` how many a layer takes.
+`bytes` defines what is counted, `rules` what must hold, `cases` what is checked, `launches` how many a layer takes,
+`memory` what a block holds.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def static(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from mumoe_fast.bench.static import launches
+    from mumoe_fast.bench.static import launches, memory
     from mumoe_fast.bench.static.bytes import worst_excess
     from mumoe_fast.bench.static.report import markdown, print_report
 
@@ -85,13 +86,14 @@ def static(
             on_done=lambda: bar.advance(task),
         )
     console.print(launches.table())
+    console.print(memory.table())
     print_report(report, console)
     if json_file is not None:
         json_file.write_text(json.dumps(report.as_json(), indent=1))
     if excess_file is not None:
         excess_file.write_text(json.dumps(worst_excess(report.traffics), indent=1) + "\n")
     if markdown_file is not None:
-        markdown_file.write_text(f"{launches.markdown()}\n{markdown(report)}")
+        markdown_file.write_text(f"{launches.markdown()}\n{memory.markdown()}\n{markdown(report)}")
     if report.violations:
         raise typer.Exit(1)
 

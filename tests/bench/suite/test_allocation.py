@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from mumoe_fast.bench.measure import peak_bytes as measured
+from mumoe_fast.bench.static import memory
 from mumoe_fast.bench.step import FORWARD, STEP, action, random_tokens
 from mumoe_fast.bench.suite.allocation import peak_bytes
 from mumoe_fast.bench.suite.implementations import IMPLEMENTATIONS, Case
-from mumoe_fast.bench.suite.workloads import ALL, Workload
+from mumoe_fast.bench.suite.workloads import Workload
 from mumoe_fast.kernels._common import Launch, _recording
 from mumoe_fast.kernels.configs import target_architecture
 
 SIDES = {side.name: side for side in IMPLEMENTATIONS}
 SMALL = Workload("block", "Block", 300, (48, 96, 48), (24,), (("cp", 40), ("tr", (4, 4, 16)), ("tucker", (8, 24, 24))))
-GPT2 = Workload("GPT-2 block", "Block", 24_576, (768, 3072, 768), (256,), ALL)
 
 
 class Nowhere(list[Launch]):
@@ -52,13 +52,12 @@ def test_it_is_what_the_profiler_sees(name: str, direction: str) -> None:
     assert peak_bytes(case, "interpreter") == pytest.approx(seen, rel=0.02)
 
 
-@pytest.mark.parametrize("factorization", ["CP", "TR"])
-def test_a_training_step_of_a_block_holds_no_more_than_the_dense_ones(factorization: str) -> None:
-    ours, dense = (
-        peak_bytes(Case(GPT2, SIDES[name], torch.bfloat16, STEP), "sm_90")
-        for name in (f"{factorization} triton", "dense")
-    )
-    assert ours <= dense
+def test_a_training_step_of_a_block_holds_no_more_than_the_dense_ones() -> None:
+    *found, dense = memory.rows()
+    shares = {name: float(of_dense) for name, _, of_dense, _ in found}
+    assert dense[0] == "dense"
+    assert shares["CP"] <= 0.95
+    assert shares["TR"] <= 0.95
 
 
 def test_a_tensor_that_is_kept_longer_counts() -> None:
