@@ -311,7 +311,7 @@ def test_launches_of_a_gpt2_sized_block_on_sm_90() -> None:
         ("_product_backward_kernel", (250 * 2,)),
         ("_gather_dot_kernel", (T, 2)),
         ("_segment_sum_kernel", (N, 3)),
-        ("_activation_backward_kernel", (250 * 6,)),
+        *[("_activation_backward_kernel", (250 * 6,))] * 2,  # act(z), then dz in its place
         ("_gather_sum_kernel", (T, 3)),
         ("_segment_sum_kernel", (N, 3)),
         ("_segment_sum_kernel", (N, 1)),
