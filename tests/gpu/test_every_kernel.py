@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from mumoe_fast import kernels
+from mumoe_fast.kernels._common import Launch
+from mumoe_fast.kernels._plans import forget_plans
 from tests.gpu import every_kernel
 
 
@@ -18,16 +20,14 @@ def kernel_modules() -> list[Any]:
 
 def test_every_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {name for module in kernel_modules() for name in vars(module) if name.endswith("_kernel")}
-    launched = set()
-    for module in kernel_modules():
-        if not hasattr(module, "launch"):
-            continue
+    launched, init = set(), Launch.__init__
 
-        def noted(kernel: Any, *arguments: Any, launch: Any = module.launch, **named: Any) -> None:
-            launched.add(kernel.fn.__name__)
-            launch(kernel, *arguments, **named)
+    def noted(launch: Launch, kernel: Any, *arguments: Any) -> None:
+        launched.add(kernel.fn.__name__)
+        init(launch, kernel, *arguments)
 
-        monkeypatch.setattr(module, "launch", noted)
+    monkeypatch.setattr(Launch, "__init__", noted)
+    forget_plans()
     monkeypatch.setattr(every_kernel, "DTYPES", every_kernel.DTYPES[:1])
     every_kernel.run()
     assert len(there) > 20
