@@ -261,7 +261,7 @@ def _launch_forward(
 ) -> Launch:
     """`levels` are every level's coefficients, then their cores; none where A is given to be read."""
     (T, P, R), M = h.shape, len(in_core)
-    config = tr_forward_config(device, z.dtype, T, rows=(P, M), reads_B=made_B is not None)
+    config = tr_forward_config(device, z.dtype, T, rows=(P, M), wide=alignment(R) >= 8, reads_B=made_B is not None)
     in_weight = in_core.flatten(0, 1).t()
     arguments = {
         "input_product": contracted(z, in_weight, activation) if made_B is None else made(made_B),
@@ -304,7 +304,7 @@ def tr_forward(
         made_B = vendor_product(
             z, in_core.flatten(0, 1).t(), None if in_bias is None else in_bias.flatten(), activation
         )
-    config = tr_forward_config(z.device, z.dtype, T, rows=(P, M), reads_B=made_B is not None)
+    config = tr_forward_config(z.device, z.dtype, T, rows=(P, M), wide=alignment(R) >= 8, reads_B=made_B is not None)
     fused = _fits_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
     if fused:
         A = z.new_empty(T, P, M) if save else None

@@ -49,7 +49,8 @@ def run(
         for counting in counts:
             counting.add_done_callback(lambda _: on_done())
         results = compile_all(jobs, processes=processes, on_done=on_done)
-        return Report(results, [traffic for counting in counts for traffic in counting.result()])
+        whole = {*dtypes} >= {*DTYPES} and {*architectures} >= {*ARCHITECTURES}
+        return Report(results, [traffic for counting in counts for traffic in counting.result()], whole)
 
 
 def static(
@@ -93,8 +94,10 @@ def static(
     if excess_file is not None:
         excess_file.write_text(json.dumps(worst_excess(report.traffics), indent=1) + "\n")
     if markdown_file is not None:
-        markdown_file.write_text(f"{launches.markdown()}\n{memory.markdown()}\n{markdown(report)}")
-    if report.violations:
+        markdown_file.write_text(f"{launches.markdown()}
+{memory.markdown()}
+{markdown(report)}")
+    if report.violations or report.stale:
         raise typer.Exit(1)
 
 

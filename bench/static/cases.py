@@ -111,6 +111,12 @@ SMALL_WORKLOADS = (
     Workload("small MxD", T=48, I=64, O=96, R=0, N=(300,), activation="gelu", factorization="mxd"),
     Workload("small, N 2,048", T=16, I=64, O=64, R=64, N=(2048,)),
     Workload("small, N 20,480", T=4, I=64, O=0, R=0, N=(20_480,)),  # more than registers hold
+    Workload("small, one token", T=1, I=128, O=144, R=40, N=(32, 4), activation="gelu"),
+    Workload("small, 16 tokens", T=16, I=128, O=144, R=40, N=(32,), activation="gelu"),
+    Workload("one token, Table 6, ring", T=1, I=768, O=1000, R=96, N=(128,), factorization="tr"),
+    Workload("small ring, 16 tokens", T=16, I=128, O=144, R=40, N=(32, 4), activation="gelu", factorization="tr"),
+    Workload("small gate, one token", T=1, I=128, O=0, R=0, N=(64, 4), factorization="gate"),
+    Workload("small Tucker, one token", T=1, I=64, O=72, R=40, N=(4, 2), factorization="tucker"),
 )
 
 

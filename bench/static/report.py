@@ -15,16 +15,17 @@ from mumoe_fast.bench.markdown import table as markdown_table
 from mumoe_fast.bench.static.bytes import ARCHITECTURE, Traffic
 from mumoe_fast.bench.static.compile import Job, Result, blocks_of
 from mumoe_fast.bench.static.occupancy import ARCHITECTURES, occupancy
-from mumoe_fast.bench.static.rules import Violation, judge_binary, judge_bytes
+from mumoe_fast.bench.static.rules import Exemption, Violation, judge_binary, judge_bytes, stale
 from mumoe_fast.bench.static.sass import Binary
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found."""
+    """Everything that was found; `whole` is whether on every architecture and in every dtype."""
 
     results: Sequence[Result]
     traffics: Sequence[Traffic]
+    whole: bool = False
 
     @property
     def findings(self) -> list[Violation]:
@@ -36,6 +37,11 @@ class Report:
     def violations(self) -> list[Violation]:
         """Broken rules without a reason."""
         return [violation for violation in self.findings if violation.reason is None]
+
+    @property
+    def stale(self) -> list[Exemption]:
+        """Exemptions without need; of a part of the grid none can be known to be."""
+        return stale(self.findings) if self.whole else []
 
     def summary(self) -> list[Row]:
         """One row per kernel, architecture and dtype: the most registers and shared memory, the least occupancy."""
@@ -198,8 +204,10 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"allowed: {reason}", style="yellow", highlight=False, markup=False)
     for violation in _grouped(report.violations):
         console.print(f"VIOLATION {violation}", style="bold red", highlight=False, markup=False)
+    for exemption in report.stale:
+        console.print(f"STALE {exemption}: excuses nothing there", style="bold red", highlight=False, markup=False)
     kinds = f"{len(report.results)} compilations, {len(report.traffics)} counted launches"
-    console.print(f"{kinds}, {len(report.violations)} violations")
+    console.print(f"{kinds}, {len(report.violations)} violations, {len(report.stale)} stale exemptions")
 
 
 def markdown(report: Report, dtypes: Sequence[str] = ("bfloat16",)) -> str:

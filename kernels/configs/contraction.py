@@ -118,11 +118,13 @@ def activation_backward_config(device: torch.device) -> Config:
 
 RING_FORWARD_FLOAT32 = by_architecture(contraction(32, 32, 16, 4, 3), gfx942=contraction(32, 32, 32, 4, 2))
 RING_FORWARD = by_architecture(contraction(64, 32, 64, 8, 3), gfx942=contraction(64, 32, 64, 4, 2))
+# Ranks that allow no wide loads need a pointer and a mask for every element: fewer tokens, so that a
+# multiprocessor has two or three blocks of half the warps, where it had one.
+RING_FORWARD_NARROW = by_architecture(contraction(32, 32, 64, 4, 3), gfx942=contraction(64, 32, 64, 4, 2))
 # B is read: as wide as registers allow, since every block of ranks contracts A of its own.
 RING_FORWARD_READ = by_architecture(contraction(32, 64, 64, 4, 3), gfx942=contraction(32, 64, 128, 4, 2))
 RING_BACKWARD = by_architecture(contraction(64, 32, 64, 8, 3), gfx942=contraction(64, 32, 64, 4, 2))
-# Ranks that allow no wide loads need a pointer and a mask for every element: a narrower tile.
-RING_BACKWARD_NARROW = by_architecture(contraction(64, 16, 64, 8, 3), gfx942=contraction(64, 16, 32, 8, 2))
+RING_BACKWARD_NARROW = by_architecture(contraction(32, 16, 64, 4, 3), gfx942=contraction(64, 16, 32, 8, 2))
 RING_BACKWARD_FLOAT32 = by_architecture(contraction(16, 16, 32, 4, 3), gfx942=contraction(32, 16, 32, 4, 2))
 # dh is read, and dA is a sum over ranks of which every block of them writes a part of its own.
 RING_BACKWARD_READ = by_architecture(contraction(32, 32, 16, 4, 2), gfx942=contraction(32, 32, 16, 4, 2))
@@ -138,16 +140,18 @@ def _rows_at_once(rows: int) -> int:
 
 
 def tr_forward_config(
-    device: torch.device, dtype: torch.dtype, T: int, *, rows: tuple[int, int], reads_B: bool = False
+    device: torch.device, dtype: torch.dtype, T: int, *, rows: tuple[int, int], wide: bool, reads_B: bool = False
 ) -> Config:
     """For the kernel that computes h, for an A and a B of so many rows, from a B that it contracts or reads.
 
+    `wide` is whether R allows wide loads.
     A program walks over B's rows, but for few tokens: there, if they are at most 4, its tile's columns are fewer ranks
     of all rows, so that a row's loads do not wait for the row before.
     """
     P, M = rows
     few, at_once = _few(dtype, T), 1
-    table: Mapping[str, Config] = RING_FORWARD_FLOAT32 if dtype == torch.float32 else RING_FORWARD
+    half = RING_FORWARD if wide else RING_FORWARD_NARROW
+    table: Mapping[str, Config] = RING_FORWARD_FLOAT32 if dtype == torch.float32 else half
     if reads_B:
         table = RING_FORWARD_READ
     elif few is not None:

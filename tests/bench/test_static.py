@@ -209,6 +209,25 @@ def test_an_exemption_keeps_its_reason_and_its_place(monkeypatch: pytest.MonkeyP
     assert len(Report([result(spilled=8, shared=228 * KIB)], []).violations) == 1
 
 
+@pytest.mark.parametrize(
+    ("excuse", "stale"),
+    [
+        (rules.Exemption("no spills", "_toy_kernel", "why"), False),
+        (rules.Exemption("no spills", "_toy_kernel", "why", architectures=("sm_90",), dtypes=("bfloat16",)), False),
+        (rules.Exemption("shared memory", "_toy_kernel", "why"), True),
+        (rules.Exemption("no spills", "_toy_kernel", "why", architectures=("sm_90", "sm_100")), True),
+        (rules.Exemption("no spills", "_toy_kernel", "why", dtypes=("bfloat16", "float32")), True),
+        (rules.Exemption("no spills", "_toy_kernel", "why", cases=("toy: nowhere", "toy: somewhere")), True),
+    ],
+)
+def test_an_exemption_without_need_is_found(
+    excuse: rules.Exemption, stale: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "EXEMPTIONS", (excuse,))
+    assert Report([result(spilled=8)], [], whole=True).stale == ([excuse] if stale else [])
+    assert Report([result(spilled=8)], []).stale == []
+
+
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 

@@ -162,5 +162,5 @@ def test_each_contraction_is_made_where_its_own_length_says(letters: str) -> Non
 )
 def test_few_tokens_take_all_rows_at_once(T: int, rows: int, blocks: tuple[int, ...], device: torch.device) -> None:
     with target_architecture("sm_90"):
-        config = tr_forward_config(device, torch.bfloat16, T, rows=(4, rows))
+        config = tr_forward_config(device, torch.bfloat16, T, rows=(4, rows), wide=True)
     assert tuple(config.blocks[name] for name in ("BLOCK_T", "BLOCK_M", "BLOCK_R")) == blocks
