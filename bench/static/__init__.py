@@ -94,9 +94,7 @@ def static(
     if excess_file is not None:
         excess_file.write_text(json.dumps(worst_excess(report.traffics), indent=1) + "\n")
     if markdown_file is not None:
-        markdown_file.write_text(f"{launches.markdown()}
-{memory.markdown()}
-{markdown(report)}")
+        markdown_file.write_text(f"{launches.markdown()}\n{memory.markdown()}\n{markdown(report)}")
     if report.violations or report.stale:
         raise typer.Exit(1)
 
