@@ -5,6 +5,7 @@ a CPU memory is dearer than gathering A once more.
 """
 
 from mumoe_fast.ops._experts import Family, define_experts
+from mumoe_fast.ops._layers import define_layer
 
 FAMILY = Family(
     name="cp",
@@ -15,5 +16,6 @@ FAMILY = Family(
 )
 
 cp, cp_hierarchy = define_experts(FAMILY)
+cp_layer = define_layer(FAMILY)
 
-__all__ = ["FAMILY", "cp", "cp_hierarchy"]
+__all__ = ["FAMILY", "cp", "cp_hierarchy", "cp_layer"]
