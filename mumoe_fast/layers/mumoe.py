@@ -101,7 +101,7 @@ class MuMoE(nn.Module):
 
 
 def _tensors(module: nn.Module, name: str) -> list[Tensor]:
-    """A list of parameters without `nn.Module`'s attributes and iterators: a tenth of the layer's time for one token."""
+    """A list's parameters without `nn.Module`'s attributes and iterators: a tenth of the layer's time for one token."""
     return list(module._modules[name]._parameters.values())  # type: ignore[union-attr, arg-type]
 
 
