@@ -34,6 +34,8 @@ class CPExperts(Experts):
     """
 
     factorization = "cp"
+    level_parameters = "expert_factors"
+    shared_parameters = ("in_factor", "in_bias", "out_factor")
     expert_factors: nn.ParameterList
     in_factor: nn.Parameter
     in_bias: nn.Parameter | None

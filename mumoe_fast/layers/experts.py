@@ -18,10 +18,13 @@ class Experts(nn.Module, ABC):
     """Experts I → O kept as a tensor factorisation, for coefficients that a gate gives.
 
     A subclass names its factorisation, initialises the parameters and calls its function; `mumoe_fast.rank` says which
-    parameters there are, and so what is counted is what is allocated.
+    parameters there are, and so what is counted is what is allocated. One with parameters for every level names their
+    list, and those that the levels share in the order in which its operator takes them.
     """
 
     factorization: ClassVar[str]
+    level_parameters: ClassVar[str]
+    shared_parameters: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_fast import _validation as check
 from mumoe_fast import rank as counts
-from mumoe_fast.functional.few_tokens import cp_layer, fits_one_call
+from mumoe_fast.functional.one_call import layer_in_one_call
 from mumoe_fast.layers.cp import CPExperts
 from mumoe_fast.layers.experts import Experts
 from mumoe_fast.layers.full import FullExperts
@@ -21,6 +20,7 @@ from mumoe_fast.layers.tucker import TuckerExperts
 EXPERTS: dict[str, type[Experts]] = {
     layer.factorization: layer for layer in (CPExperts, TRExperts, TTExperts, TuckerExperts, FullExperts)
 }
+_IN_ONE_CALL = (CPExperts, TRExperts, TTExperts, TuckerExperts)
 
 
 class MuMoE(nn.Module):
@@ -82,38 +82,48 @@ class MuMoE(nn.Module):
     def forward(self, x: Tensor, gate_input: Tensor | None = None) -> Tensor:
         """x (..., I) to (..., O); the gate reads `gate_input` (..., I) where it is given, else x."""
         gate, experts = self.gate, self.experts
-        if gate_input is None and _in_one_call(experts, gate, x):
-            return cp_layer(
+        if gate_input is None and _in_one_call(gate, experts):
+            y: Tensor | None = layer_in_one_call(
+                experts.factorization,
                 x,
-                _tensors(gate.weights),
-                _tensors(experts.expert_factors),
-                experts.in_factor,
-                experts.in_bias,
-                experts.out_factor,
+                _tensors(gate, "weights"),
+                _tensors(experts, experts.level_parameters),
+                [experts._parameters[name] for name in experts.shared_parameters],
                 norm=gate.norm,
                 alpha=gate.alpha,
                 eps=gate.eps,
+                impl=gate.impl,
             )
-        y: Tensor = experts(x, gate(x if gate_input is None else gate_input), support_only=True)
+            if y is not None:
+                return y
+        y = experts(x, gate(x if gate_input is None else gate_input), support_only=True)
         return y
 
 
-def _tensors(levels: nn.ParameterList) -> list[Tensor]:
-    """The list's tensors, without its iterator, which takes a twentieth of the whole layer's time for one token."""
-    return list(levels._parameters.values())  # type: ignore[arg-type]
+def _tensors(module: nn.Module, name: str) -> list[Tensor]:
+    """A list's parameters without `nn.Module`'s attributes and iterators: a tenth of the layer's time for one token."""
+    return list(module._modules[name]._parameters.values())  # type: ignore[union-attr, arg-type]
 
 
-def _in_one_call(experts: Experts, gate: ExpertGate, x: Tensor) -> TypeGuard[CPExperts]:
-    """Whether gate and experts may run as one operator: nobody asked to see what passes between them."""
+def _in_one_call(gate: ExpertGate, experts: Experts) -> bool:
+    """Whether gate and experts may run as one operator: nobody asked to see or to differentiate what is in between.
+
+    Compiled code keeps the two, since who has exported it may train it.
+    """
     return (
-        type(experts) is CPExperts  # a subclass may have a forward of its own
-        and fits_one_call(x, experts.in_factor, experts.impl)
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # vmap falls back for operators without lists alone
+        and type(gate) is ExpertGate  # a subclass may have a forward of its own
+        and type(experts) in _IN_ONE_CALL
+        and experts.activation is None
         and gate.activation == "entmax"
         and gate.norm != "batch"
         and gate.raw_alpha is None
         and gate.impl == experts.impl
         and not (gate._forward_hooks or gate._forward_pre_hooks)
         and not (experts._forward_hooks or experts._forward_pre_hooks)
+        and len(experts._parameters) == len(experts.shared_parameters)  # FSDP1 takes parameters out of their modules
     )
 
 

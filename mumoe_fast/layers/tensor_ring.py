@@ -37,6 +37,8 @@ class TRExperts(Experts):
     """
 
     factorization = "tr"
+    level_parameters = "expert_cores"
+    shared_parameters = ("in_core", "in_bias", "out_core")
     expert_cores: nn.ParameterList
     in_core: nn.Parameter
     in_bias: nn.Parameter | None

@@ -35,6 +35,8 @@ class TuckerExperts(Experts):
     """
 
     factorization = "tucker"
+    level_parameters = "expert_factors"
+    shared_parameters = ("in_factor", "in_bias", "core", "out_factor")
     expert_factors: nn.ParameterList
     in_factor: nn.Parameter
     in_bias: nn.Parameter | None

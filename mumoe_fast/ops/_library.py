@@ -37,19 +37,38 @@ def define(
 
     `flops` counts a multiply-add as 2, as torch's counter does, from the shapes of the arguments.
     """
-    name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    qualified = f"mumoe::{name}"
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    operator = define_inference(schema, implementation, fake, flops=flops)
+    name = _name(schema)
     if backward is None:
         backward = _refuse(name)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    torch.library.register_autograd(f"mumoe::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    return operator
+
+
+def define_inference(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    flops: Callable[..., int] | None = None,
+) -> Callable[..., Any]:
+    """Define `mumoe::<schema>` without autograd, which costs as much as the rest of a call even where it has no part.
+
+    The implementation and the fake refuse tensors that want gradients: PyTorch would only warn, in backward.
+    """
+    name = _name(schema)
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mumoe::{name}", fake, lib=_LIBRARY)
     packet = getattr(torch.ops.mumoe, name)
     if flops is not None:
         register_flop_formula(packet)(flops)
     operator: Callable[..., Any] = packet.default
     return operator
+
+
+def _name(schema: str) -> str:
+    return schema.split("(", 1)[0]
 
 
 def _refuse(name: str) -> Callable[..., Any]:

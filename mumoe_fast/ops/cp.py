@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mumoe_fast.ops._experts import Family, Shape, define_experts
+from mumoe_fast.ops._layers import define_layer
 from mumoe_fast.ops._library import launchers
 
 
@@ -26,5 +27,6 @@ FAMILY = Family(
 )
 
 cp, cp_hierarchy = define_experts(FAMILY)
+cp_layer = define_layer(FAMILY)
 
-__all__ = ["FAMILY", "cp", "cp_hierarchy"]
+__all__ = ["FAMILY", "cp", "cp_hierarchy", "cp_layer"]

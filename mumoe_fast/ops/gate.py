@@ -160,7 +160,8 @@ def _hierarchy_backward_fake(
     ]
 
 
-def _hierarchy_forward_flops(z: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+def hierarchy_flops(z: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+    """The logits of every level."""
     return sum(_forward_flops(z, weight) for weight in weights)
 
 
@@ -203,7 +204,7 @@ gate_hierarchy = define(
     _hierarchy_forward_fake,
     setup_context=_hierarchy_context,
     backward=_hierarchy_autograd,
-    flops=_hierarchy_forward_flops,
+    flops=hierarchy_flops,
 )
 
-__all__ = ["gate", "gate_backward", "gate_hierarchy", "gate_hierarchy_backward"]
+__all__ = ["gate", "gate_backward", "gate_hierarchy", "gate_hierarchy_backward", "hierarchy_flops"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mumoe_fast.ops._experts import Family, Shape, define_experts
+from mumoe_fast.ops._layers import define_layer
 
 
 def _chain(cores: Sequence[Shape], shared: Sequence[Any]) -> int:
@@ -28,5 +29,6 @@ FAMILY = Family(
 )
 
 tr, tr_hierarchy = define_experts(FAMILY)
+tr_layer = define_layer(FAMILY)
 
-__all__ = ["FAMILY", "tr", "tr_hierarchy"]
+__all__ = ["FAMILY", "tr", "tr_hierarchy", "tr_layer"]

@@ -4,6 +4,7 @@ What backward reads: ``B = U_in act(z) + b`` (T, R_I) and c (T, R_O).
 """
 
 from mumoe_fast.ops._experts import Family, define_experts
+from mumoe_fast.ops._layers import define_layer
 
 FAMILY = Family(
     name="tucker",
@@ -14,5 +15,6 @@ FAMILY = Family(
 )
 
 tucker, tucker_hierarchy = define_experts(FAMILY)
+tucker_layer = define_layer(FAMILY)
 
-__all__ = ["FAMILY", "tucker", "tucker_hierarchy"]
+__all__ = ["FAMILY", "tucker", "tucker_hierarchy", "tucker_layer"]

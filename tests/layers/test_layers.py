@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_fast import CPExperts, ExpertGate, MuMoE, MuMoEMLP, reference
-from mumoe_fast.functional import few_tokens
-from mumoe_fast.layers import mumoe
-from mumoe_fast.ops.dispatch import obstacle
 
 LEVELS = [(6,), (6, 3), (4, 2, 2, 2)]
 
@@ -237,33 +234,3 @@ def test_a_learned_alpha_starts_as_given_and_is_trained(impl: str, norm: str, de
 def test_a_learned_alpha_starts_inside_its_range(alpha: float) -> None:
     with pytest.raises(ValueError, match=r"learn_alpha: expected entmax with alpha inside \(1, 2\)"):
         ExpertGate(8, 5, alpha=alpha, learn_alpha=True)
-
-
-@pytest.mark.parametrize("tokens", [(), (1,), (2, 3), (16,)])
-@pytest.mark.parametrize("levels", [(6,), (6, 3)])
-def test_few_tokens_without_gradients_take_one_call_and_agree(
-    levels: tuple[int, ...], tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hindrance = obstacle("native", torch.device("cpu"), torch.float32)
-    if hindrance is not None:
-        pytest.skip(hindrance)
-    layer = MuMoE(8, 5, levels, rank=7)
-    trained_gate(layer)
-    x = torch.randn(*tokens, 8)
-    calls = []
-    monkeypatch.setattr(mumoe, "cp_layer", lambda *a, **k: calls.append(1) or few_tokens.cp_layer(*a, **k))
-    with torch.no_grad():
-        y = layer(x)
-        assert calls == [1]
-        torch.testing.assert_close(y, layer.experts(x, layer.gate(x)))
-        seen = []
-        hook = layer.gate.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
-        torch.testing.assert_close(layer(x), y)  # a hook on the gate still sees the coefficients
-        assert len(seen) == 1
-        hook.remove()
-        layer(torch.randn(17, 8))
-        layer(x, gate_input=x)
-    layer(x)
-    assert calls == [1]
-    with torch.no_grad(), pytest.raises(ValueError, match="z: expected last dimension 8"):
-        layer(torch.randn(1, 9))

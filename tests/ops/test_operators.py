@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from mumoe_fast import MuMoE, MuMoEMLP, functional, rank
-from mumoe_fast.ops import batch_norm, cp, entmax, gate
+from mumoe_fast.ops import batch_norm, cp, entmax, gate, tensor_ring, tucker
 from tests.layouts import elsewhere
 
 T, I, O, N, R = 5, 20, 19, 6, 17
@@ -89,6 +89,43 @@ def test_opcheck(name: str, impl: str, device: torch.device) -> None:
     torch.library.opcheck(operator, (*arguments, impl))
 
 
+LAYERS = {
+    "cp": (cp.cp_layer, [(N, R)], [(R, I), (R,), (O, R)]),
+    "cp, levels": (cp.cp_layer, [(N, R), (3, R)], [(R, I), (R,), (O, R)]),
+    "tr": (tensor_ring.tr_layer, [(N, 2, 3)], [(3, 4, I), (3, 4), (O, 2, 4)]),
+    "tucker": (tucker.tucker_layer, [(N, 2)], [(3, I), (3,), (2, 3, 4), (O, 4)]),
+}
+
+
+def layer_sample(name: str, impl: str, device: torch.device) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """The operator of a whole layer, and arguments, stored in an unusual order and without gradients."""
+    operator, levels, shared = LAYERS[name]
+    experts, others = [permuted(*shape) for shape in levels], [permuted(*shape) for shape in shared]
+    gates = [permuted(len(x), I) for x in experts]
+    arguments = elsewhere((permuted(T, I), gates, experts, *others), device)
+    return operator, (*tree_map_only(Tensor, Tensor.detach, arguments), "layer", 1.5, 1e-5, impl)
+
+
+@pytest.mark.parametrize("impl", ["triton", "native"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_opcheck_of_layers(name: str, impl: str, device: torch.device) -> None:
+    operator, arguments = layer_sample(name, impl, device)
+    torch.library.opcheck(operator, arguments)
+    compiled = torch.compile(lambda *x: operator(*x), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(*arguments), operator(*arguments))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 4])
+def test_a_layer_in_one_call_refuses_gradients(place: int, device: torch.device) -> None:
+    operator, arguments = layer_sample("cp", "triton", device)
+    tree_leaves(arguments[place])[0].requires_grad_()
+    with torch.no_grad():
+        assert not operator(*arguments).requires_grad
+    with pytest.raises(RuntimeError, match=r"mumoe::cp_layer is not differentiable: it is for inference"):
+        operator(*arguments)
+
+
 @pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("name", NAMES)
 def test_double_backward_is_a_clear_error(name: str, impl: str, device: torch.device) -> None:
@@ -145,6 +182,16 @@ def test_flops_are_the_formulas(levels: tuple[int, ...], device: torch.device) -
     # Two products for every forward one; the gate's logits once more, and a hierarchy's expert contractions.
     again = shape.gate_parameters + (R * sum(levels) if len(levels) > 1 else 0)
     assert counter.get_total_flops() == 2 * T * (2 * shape.flops + again)
+
+
+@pytest.mark.parametrize("levels", [(6,), (6, 3)])
+@pytest.mark.parametrize("factorization", ["cp", "tr", "tucker"])
+def test_flops_of_one_call_are_the_formulas(factorization: str, levels: tuple[int, ...], device: torch.device) -> None:
+    layer = MuMoE(I, O, levels, factorization=factorization, rank=3, bias=False, impl="triton").to(device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(torch.randn(T, I, device=device))
+    assert list(counter.get_flop_counts()["Global"]) == [getattr(torch.ops.mumoe, f"{factorization}_layer")]
+    assert counter.get_total_flops() == 2 * T * rank.resolve((I, O), levels, factorization, 3, bias=False).flops
 
 
 def test_arguments_are_never_modified_and_a_second_backward_agrees(device: torch.device) -> None:
