@@ -64,7 +64,7 @@ def contracted(x: Tensor, w: Tensor, activation: str = "none") -> Product:
 
 def made(product: Tensor) -> Product:
     """A product (T, R) that the vendor's GEMM has made, whose tiles the kernel reads."""
-    return (matrix(product),)
+    return matrix(product), None
 
 
 def is_made(product: Product) -> bool:
@@ -147,7 +147,7 @@ def contract(
 @triton.jit
 def product_tile(product, offs_t, offs_r, mask_t, mask_r, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """The float32 tile of a product: read where it is `made`, and contracted where it is `contracted`."""
-    if len(product) == 1:
+    if product[1] is None:  # Triton 3.6 takes no len of a tuple that holds a name or None
         x = product[0]
         return load(x[0] + distance(x, offs_t[:, None], offs_r[None, :]), mask_t[:, None] & mask_r[None, :])
     else:

@@ -121,7 +121,7 @@ def _bilinear_kernel(
 def _whole_joint(levels, experts, offs_t, offs_m, mask_t, mask_m, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """The tile of v at (offs_t, offs_m), in float32: the product of the levels' v_e, or of their a_e U_e."""
     v = tl.full((offs_t.shape[0], offs_m.shape[0]), 1.0, tl.float32)
-    for e in tl.static_range(len(levels) - 1, -1, -1):
+    for e in tl.static_range(len(experts) - 1, -1, -1):
         level, digits = levels[e], offs_m % levels[e][1]
         if level[2] is None:
             mask = mask_t[:, None] & mask_m[None, :]

@@ -76,6 +76,7 @@ def _cp_forward_kernel(
     B_ptr,
     T,
     R,
+    E: tl.constexpr,
     R_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -89,7 +90,7 @@ def _cp_forward_kernel(
     mask_t, mask_r = offs_t < T, offs_r < R
 
     A = product_tile(levels[0], offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
-    for e in tl.static_range(1, len(levels)):
+    for e in tl.static_range(1, E):
         A = times_product(A, levels[e], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
     B = product_tile(input_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
     if in_bias_ptr is not None:
@@ -205,6 +206,7 @@ def _launch_forward(
         "B_ptr": B,
         "T": T,
         "R": R // alignment(R),
+        "E": E,
         "R_ALIGN": alignment(R),
         "PRECISION": precision,
     }

@@ -114,9 +114,9 @@ def _gate_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    block_t, I = tl.program_id(0) // len(levels), I * I_ALIGN
-    for e in tl.static_range(len(levels)):
-        if tl.program_id(0) % len(levels) == e:
+    block_t, I = tl.program_id(0) // len(a_ptrs), I * I_ALIGN
+    for e in tl.static_range(len(a_ptrs)):
+        if tl.program_id(0) % len(a_ptrs) == e:
             _level_forward(
                 z, levels[e], solvers[e], a_ptrs[e], T, I, eps, block_t, NORM, FAMILY, PRECISION, BLOCK_T, BLOCK_I
             )
@@ -169,9 +169,9 @@ def _gate_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    block_t, I = tl.program_id(0) // len(levels), I * I_ALIGN
-    for e in tl.static_range(len(levels)):
-        if tl.program_id(0) % len(levels) == e:
+    block_t, I = tl.program_id(0) // len(ds_ptrs), I * I_ALIGN
+    for e in tl.static_range(len(ds_ptrs)):
+        if tl.program_id(0) % len(ds_ptrs) == e:
             _level_backward(
                 da[e], a[e], z, levels[e], ds_ptrs[e], T, I, beta, eps, block_t, FAMILY, PRECISION, BLOCK_T, BLOCK_I
             )
