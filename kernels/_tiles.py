@@ -69,7 +69,7 @@ def made(product: Tensor) -> Product:
 
 def is_made(product: Product) -> bool:
     """Whether the kernel reads it."""
-    return len(product) == 1
+    return product[1] is None
 
 
 def vendor_product(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

@@ -118,6 +118,7 @@ def _cp_backward_kernel(
     dA_ptrs,
     T,
     R,
+    A_LEVELS: tl.constexpr,
     R_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -129,12 +130,12 @@ def _cp_backward_kernel(
     block_t, block_r = grouped_blocks(T, R, BLOCK_T, BLOCK_R, GROUP_T)
     offs_t, offs_r = offsets(block_t, BLOCK_T), offsets(block_r, BLOCK_R)
     mask_t, mask_r = offs_t < T, offs_r < R
-    if len(A_products[0]) == 1 and len(A_products) == 1:  # read last: it waits in no register for the contraction
+    if A_LEVELS == 1 and A_products[0][1] is None:  # read last: it waits in no register for the contraction
         dh = product_tile(output_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
         A = product_tile(A_products[0], offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
     else:
         A = product_tile(A_products[0], offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
-        for e in tl.static_range(1, len(A_products)):
+        for e in tl.static_range(1, A_LEVELS):
             A = times_product(A, A_products[e], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
         dh = product_tile(output_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
 
@@ -318,6 +319,7 @@ def cp_backward(
         dA_ptrs=tuple(dA),
         T=T,
         R=R // alignment(R),
+        A_LEVELS=len(A_products),
         R_ALIGN=alignment(R),
         PRECISION=dot_precision(z.dtype),
     )
