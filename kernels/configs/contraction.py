@@ -42,7 +42,10 @@ def _few(dtype: torch.dtype, T: int) -> Mapping[str, Config] | None:
 
 # Some tokens: at 1,024 and a rank of 552, tiles of 128 × 128 are 40 blocks for 132 multiprocessors, of 64 × 64 144.
 SOME_TOKENS = 1024
-CP_SOME = by_architecture(contraction(64, 64, 64, 4, 4), gfx942=contraction(64, 64, 64, 4, 2))
+# On sm_100 four warps spill with several levels.
+CP_SOME = by_architecture(
+    contraction(64, 64, 64, 4, 4), sm_100=contraction(64, 64, 64, 8, 4), gfx942=contraction(64, 64, 64, 4, 2)
+)
 # Small tiles, for float32, whose exact dots keep their operands in registers for want of tensor cores, and for sizes
 # that allow no 16-byte loads: every narrow load has a pointer and a mask of its own.
 CP_SMALL = by_architecture(contraction(64, 64, 32, 8, 3), gfx942=contraction(64, 64, 32, 4, 2))

@@ -58,7 +58,8 @@ FEW_TOKENS_GATE = {
     **dict.fromkeys(GPUS, _few_tokens_gate(16, 2, 5)),
     "gfx942": _few_tokens_gate(16, 2, 2),
 }
-# Autocast's master weights, and float32 tokens, whose dots have no tensor cores that would want 16 rows at a time.
+# Autocast's master weights, and float32 tokens, whose exact dots have no tensor cores that would want 16 rows at a time
+# but on gfx942 (where Triton 3.6 fails to compile the pipelined loop around another dot).
 FEW_TOKENS_GATE_MASTER = {
     **FEW_TOKENS_GATE,
     **dict.fromkeys(GPUS, _few_tokens_gate(16, 4, 5)),
@@ -67,7 +68,7 @@ FEW_TOKENS_GATE_MASTER = {
 FEW_TOKENS_GATE_FLOAT32 = {
     "interpreter": (_gate(4, 16, 32, 1, 1), _gate(4, 32, 32, 1, 1)),
     **dict.fromkeys(GPUS, _few_tokens_gate(4, 4, 5)),
-    "gfx942": _few_tokens_gate(4, 4, 2),
+    "gfx942": _few_tokens_gate(16, 4, 2),
 }
 
 
