@@ -158,7 +158,7 @@ def test_activation_checkpointing_changes_nothing(name: str, impl: str, use_reen
 # The operators' names, and how many of them a layer calls: the gate is recomputed or the experts are.
 OPERATORS = {
     "cp": (["cp"], ["gate"]),
-    "tr": (["tr_hierarchy"], ["gate", "gate"]),
+    "tr": (["tr_hierarchy"], ["gate_hierarchy"]),
     "tucker": (["tucker"], ["gate"]),
     "cp mlp, batch norm": (["cp_hierarchy"] * 2, ["gate_logits", "batch_norm_statistics", "batch_entmax"] * 2),
 }
