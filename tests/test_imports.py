@@ -70,7 +70,7 @@ def test_an_import_against_the_direction_is_caught(tmp_path: Path) -> None:
             ROOT / room, tmp_path / room, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so")
         )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    with (tmp_path / "kernels" / "configs.py").open("a") as file:
+    with (tmp_path / "kernels" / "_common.py").open("a") as file:
         file.write("\nimport mumoe_fast.layers\n")
     result = subprocess.run([command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
