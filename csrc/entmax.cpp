@@ -45,7 +45,7 @@ Tensor entmax_backward(Tensor da, Tensor a, double alpha) {
 // A learned α, kept off 1, where the general form has no meaning.
 double value_of(const Tensor& alpha) {
   double value;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_float64(alpha.get(), &value));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_item_float64(alpha.get(), &value));
   return value < 1 + 1e-6 ? 1 + 1e-6 : value;
 }
 

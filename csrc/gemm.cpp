@@ -41,7 +41,7 @@ Tensor onednn_linear(const Tensor& X, const Tensor& W) {
       abi::from(std::string("none")),
       abi::from(no_scalars),
       abi::from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -94,10 +94,10 @@ Tensor linear(const Tensor& X, const Tensor& W) {
 
 void gemm_into(const Tensor& out, const Tensor& X, const Tensor& Y) {
   if (runs_on_onednn(X, Y)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_copy_(out.get(), onednn_linear(dense(X), transposed(dense(Y))).get(), /*non_blocking=*/0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), X.get(), Y.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), X.get(), Y.get()));
   }
 }
 

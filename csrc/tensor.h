@@ -37,7 +37,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
                  : dtype == ScalarType::Long ? aoti_torch_dtype_int64()
                                              : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -49,7 +49,7 @@ Tensor empty(std::initializer_list<int64_t> sizes) {
 
 inline bool defined(const Tensor& x) {
   bool is_defined;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(x.get(), &is_defined));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(x.get(), &is_defined));
   return is_defined;
 }
 
@@ -57,7 +57,7 @@ inline bool defined(const Tensor& x) {
 inline Tensor view(
     const Tensor& x, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int64_t offset = 0) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
       x.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset, &handle));
   return Tensor(handle);
 }

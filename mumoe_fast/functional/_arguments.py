@@ -11,12 +11,17 @@ from torch import Tensor
 from mumoe_fast import _validation as check
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is on there; of a device that it does not know, such as meta, torch refuses the question."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def autocast(*tensors: Any) -> list[Any]:
     """The tensors in autocast's dtype where autocast is on; float64 and None stay what they are."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    device = tensors[0].device
+    if not autocast_is_on(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device.type)
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
@@ -76,7 +81,7 @@ def gate_logits_arguments(
     if N == 0:
         raise ValueError(f"{weight_name}: expected at least one expert, got shape {tuple(weight.shape)}")
     check.last_dimension("z", z, I, f"in_features of {weight_name}")
-    master = torch.float32 if torch.is_autocast_enabled(z.device.type) else None
+    master = torch.float32 if autocast_is_on(z.device) else None
     check.same_device_and_dtype(weight_name, weight, z, "z", also=master)
     if bias is not None:
         check.shape(bias_name, bias, [N])

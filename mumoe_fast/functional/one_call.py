@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mumoe_fast import ops
-from mumoe_fast.functional._arguments import tokens, untokens
+from mumoe_fast.functional._arguments import autocast_is_on, tokens, untokens
 from mumoe_fast.ops.dispatch import choose
 
 FEW_TOKENS = 16  # beyond, a GEMM earns its call
@@ -56,7 +56,7 @@ def layer_in_one_call(
         RuntimeError: the named impl cannot run here.
     """
     device, dtype = z.device, z.dtype
-    if z.dim() == 0 or z.shape[-1] != gate_weights[0].shape[1] or torch.is_autocast_enabled(device.type):
+    if z.dim() == 0 or z.shape[-1] != gate_weights[0].shape[1] or autocast_is_on(device):
         return None
     for x in (*gate_weights, *experts, *shared):
         if x is not None and (x.dtype is not dtype or x.device != device):

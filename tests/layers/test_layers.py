@@ -177,6 +177,19 @@ def test_factory_keywords_and_repr() -> None:
     assert "in_features=8, out_features=6, num_experts=(4, 2), rank=3, bias=True" in text
 
 
+@pytest.mark.parametrize("factorization", ["cp", "tr", "tt", "tucker", "full"])
+def test_shapes_are_found_on_the_meta_device(factorization: str) -> None:
+    block = MuMoEMLP(8, 16, 6, (4, 2), rank=None if factorization == "full" else 3, factorization=factorization)
+    block.to("meta", torch.bfloat16)
+    x = torch.empty(2, 3, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    y = block(x)
+    y.backward(torch.empty_like(y))
+    assert (y.shape, y.dtype) == ((2, 3, 6), torch.bfloat16)
+    assert all(p.grad is not None for p in (x, *block.parameters()))
+    with torch.no_grad():
+        assert MuMoE(8, 6, 4, rank=3, device="meta")(x.float()).shape == (2, 3, 6)
+
+
 def batch_norm_reference(layer: ExpertGate, norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     return reference.entmax(norm(x @ layer.weights[0].T))
 
