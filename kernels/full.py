@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mumoe_fast.kernels._common import matmul_float32
-from mumoe_fast.kernels._tiles import activation_pass
-from mumoe_fast.kernels.bilinear import activated, bilinear_backward, bilinear_forward, core_gradient
+from mumoe_fast.kernels._tiles import activated, activation_pass
+from mumoe_fast.kernels.bilinear import bilinear_backward, bilinear_forward, core_gradient
 
 
 def full_forward(z: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str) -> Tensor:
