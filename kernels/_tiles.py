@@ -51,6 +51,12 @@ def _strides(strides: tuple[int, ...]) -> tuple[Any, ...]:
     return (*(stride // power for stride, power in zip(strides, powers, strict=True)), *map(tl.constexpr, powers))
 
 
+def stack(x: Tensor) -> tuple[Any, ...]:
+    """A 3-D tensor as one kernel argument: its first `matrix`, and the distance to the next one likewise."""
+    power = gcd(16, x.stride(0))
+    return matrix(x[0]), x.stride(0) // power, tl.constexpr(power)
+
+
 @lru_cache(maxsize=1024)
 def aligned_size(n: int) -> tuple[int, Any]:
     """A size inside a tuple of kernel arguments: without its power of two, and that as a constant. See `alignment`."""
@@ -72,12 +78,18 @@ def is_made(product: Product) -> bool:
     return product[1] is None
 
 
+def activated(x: Tensor, activation: str) -> Tensor:
+    """act(x), or x itself."""
+    if activation == "none":
+        return x
+    out = x.new_empty(x.shape)
+    activation_pass(x, activation, None, out)
+    return out
+
+
 def vendor_product(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """``act(x) w + bias`` (T, R) by the vendor's GEMM; act(x), a transient as large as x, by one pass before it."""
-    if activation != "none":
-        activated = x.new_empty(x.shape)
-        activation_pass(x, activation, None, activated)
-        x = activated
+    x = activated(x, activation)
     return torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
 
 
@@ -85,6 +97,13 @@ def vendor_product(x: Tensor, w: Tensor, bias: Tensor | None = None, activation:
 def distance(x, rows, columns):
     """How many elements lie between a `matrix`'s start and the given rows and columns (int64, like them)."""
     return rows * x[1] * x[3] + columns * x[2] * x[4]
+
+
+@triton.jit
+def from_stack(x, m):
+    """The m-th `matrix` of a `stack`."""
+    first = x[0]
+    return first[0] + m * x[1] * x[2], first[1], first[2], first[3], first[4]
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from torch import Tensor
 from mumoe_fast.kernels import _tiles
 from mumoe_fast.kernels._common import launch, load, matmul_float32
 from mumoe_fast.kernels._entmax_solver import merge_moments
+from mumoe_fast.kernels._logits import logit_gradient_dtype, logits
 from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import distance, matrix, offsets
 from mumoe_fast.kernels.configs import Config, columns_config, merge_config
@@ -113,12 +114,7 @@ def _slabs(T: int, config: Config) -> tuple[int, int]:
 
 def gate_logits_forward(z: Tensor, weight: Tensor) -> Tensor:
     """s (T, N) in float32 of z (T, I) and weight (N, I), which is cast to z's dtype."""
-    return matmul_float32(z, weight.to(z.dtype).t())
-
-
-def logit_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What ds is rounded to for the GEMMs: a fresh gate's layer norm divides by √eps, and its ds overflows float16."""
-    return torch.float32 if dtype == torch.float16 else dtype
+    return logits(z, weight.to(z.dtype), None)
 
 
 def gate_logits_backward(

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mumoe_fast.kernels._common import matmul_float32
 from mumoe_fast.kernels._plans import planned
-from mumoe_fast.kernels._tiles import activation_pass
-from mumoe_fast.kernels.bilinear import activated, bilinear_backward, bilinear_forward, core_gradient
+from mumoe_fast.kernels._tiles import activated, activation_pass
+from mumoe_fast.kernels.bilinear import bilinear_backward, bilinear_forward, core_gradient
 
 
 @planned

@@ -21,7 +21,7 @@ memory: float32 logits by the vendor's GEMM and the row kernels of `entmax`, som
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,14 +48,12 @@ from mumoe_fast.kernels._entmax_solver import (
     layer_norm_tile,
     solver_arguments,
 )
+from mumoe_fast.kernels._logits import chunks_of_tokens, logit_gradient_dtype, logits
 from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import contract, distance, matrix, offsets
-from mumoe_fast.kernels.batch_norm import column_sums, gate_logits_forward, logit_gradient_dtype
+from mumoe_fast.kernels.batch_norm import column_sums
 from mumoe_fast.kernels.configs import Config, gate_backward_config, gate_forward_config
 from mumoe_fast.kernels.entmax import rows_backward, rows_forward
-
-# The float32 logits alive at a time: about a large GPU's L2, and still 256 tokens, enough for a GEMM, at N = 65,536.
-LOGITS_BYTES = 64 * 2**20
 
 SMALLEST_DOT = 16  # experts: a level of fewer is padded
 
@@ -177,18 +175,6 @@ def _gate_backward_kernel(
             )
 
 
-def _chunks(T: int, N: int) -> Iterator[slice]:
-    """The tokens in chunks whose logits over N experts take at most LOGITS_BYTES."""
-    chunk_t = max(LOGITS_BYTES // (4 * max(N, 1)), 1)
-    return (slice(t, t + chunk_t) for t in range(0, T, chunk_t))
-
-
-def _logits_by_gemm(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """s (T, N) in float32 through memory, for weight and bias in z's dtype."""
-    s = gate_logits_forward(z, weight)
-    return s if bias is None else s.add_(bias)
-
-
 def _every_bias(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Sequence[Tensor | None]:
     return biases or [None] * len(weights)
 
@@ -279,8 +265,8 @@ def gate_hierarchy_forward(
             fused.append(level)
             continue
         weight, bias = weight.to(z.dtype), None if bias is None else bias.to(z.dtype)
-        for tokens in _chunks(T, len(weight)):
-            rows_forward(_logits_by_gemm(z[tokens], weight, bias), a_e[tokens], norm=norm, alpha=alpha, eps=eps)
+        for tokens in chunks_of_tokens(T, len(weight)):
+            rows_forward(logits(z[tokens], weight, bias), a_e[tokens], norm=norm, alpha=alpha, eps=eps)
     if fused:
         _launch_forward(z, fused, norm=norm, alpha=alpha, eps=eps)
     return a
@@ -306,7 +292,7 @@ def _logit_gradients(
         return ds
     for da_e, a_e, ds_e, weight, bias in levels:
         if not _is_fused(z, weight):
-            rows_backward(da_e, a_e, ds_e, norm=norm, alpha=alpha, eps=eps, s=_logits_by_gemm(z, weight, bias))
+            rows_backward(da_e, a_e, ds_e, norm=norm, alpha=alpha, eps=eps, s=logits(z, weight, bias))
     fused = [level for level in levels if _is_fused(z, level[3])]
     if fused:
         upstream, forward, outputs, weights, fused_biases = zip(*fused, strict=True)
@@ -380,7 +366,7 @@ def gate_hierarchy_backward(
     weights, biases = [weight.to(z.dtype) for weight in weights], [bias.to(z.dtype) for bias in biases]
     needs_z, needs_weights, needs_biases = needs
     wide = sum(len(weight) for weight in weights if not _is_fused(z, weight))
-    chunks = list(_chunks(len(z), wide)) if wide and len(z) else [slice(None)]
+    chunks = list(chunks_of_tokens(len(z), wide)) if wide and len(z) else [slice(None)]
     dz = z.new_empty(z.shape) if needs_z and len(chunks) > 1 else None
     d_weights: list[Tensor] = []
     d_biases: list[Tensor] = []

@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, matmul_float32, store
+from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._logits import chunks_of_tokens, logits
 from mumoe_fast.kernels._tiles import contract, distance, grouped_blocks, input_mode_gradients, matrix, offsets
 from mumoe_fast.kernels.configs import cp_forward_config, product_backward_config
-from mumoe_fast.kernels.gate import LOGITS_BYTES
 from mumoe_fast.kernels.support import gather_dot, gather_sum, gather_sum_times, segment_sum, segments
 
 
@@ -96,19 +96,16 @@ def topk_gate_forward(z: Tensor, weight: Tensor, bias: Tensor | None, k: int) ->
 
     Exactly k are kept, zeros among them where fewer logits are positive; which of equal logits is torch.topk's choice.
     A row with NaN or ±inf among its logits has NaN values. weight and bias may be float32 where z is half: they are
-    cast. Tokens are worked through in chunks whose float32 logits take at most LOGITS_BYTES.
+    cast. Tokens are worked through in `chunks_of_tokens`.
     """
-    weight, bias = weight.to(z.dtype).t(), None if bias is None else bias.to(z.dtype)
+    weight, bias = weight.to(z.dtype), None if bias is None else bias.to(z.dtype)
     values, indices = z.new_empty(len(z), k), torch.empty(len(z), k, dtype=torch.int64, device=z.device)
-    chunk_t = max(LOGITS_BYTES // (4 * weight.shape[1]), 1)
-    for z_chunk, values_chunk, indices_chunk in zip(*(x.split(chunk_t) for x in (z, values, indices)), strict=True):
-        s = matmul_float32(z_chunk, weight)
-        if bias is not None:
-            s += bias
+    for tokens in chunks_of_tokens(len(z), len(weight)):
+        s = logits(z[tokens], weight, bias)
         largest = s.topk(k, dim=-1)
         low, high = s.aminmax(dim=-1, keepdim=True)
-        values_chunk.copy_(largest.values.relu() + 0 * (low + high))
-        indices_chunk.copy_(largest.indices)
+        values[tokens] = largest.values.relu() + 0 * (low + high)
+        indices[tokens] = largest.indices
     return values, indices
 
 

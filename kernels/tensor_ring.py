@@ -19,9 +19,6 @@ kernel contracts them, so that they never go to memory, or the vendor's GEMM mak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import accumulate
-from typing import Any
 
 import torch
 import triton
@@ -30,40 +27,23 @@ from torch import Tensor
 
 from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
 from mumoe_fast.kernels._plans import planned
+from mumoe_fast.kernels._ring_levels import (
+    expert_gradients,
+    fit_in_a_tile,
+    level_matrix,
+    product_of_levels,
+    ring_levels,
+)
 from mumoe_fast.kernels._tiles import (
-    aligned_size,
-    contract,
     contracted,
-    expert_mode_gradients,
     grouped_blocks,
     input_mode_gradients,
     made,
-    matrix,
     offsets,
     product_tile,
     vendor_product,
 )
 from mumoe_fast.kernels.configs import tr_backward_config, tr_forward_config, vendor_contracts
-
-_IN_TILE = 64  # entries of a padded A that a program may hold; larger ones are the vendor's GEMMs
-
-
-@triton.jit
-def _level_matrix(level, offs_t, mask_t, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile's ``A_e`` as (BLOCK_T, rows, columns), zero where padded: one contraction over the level's experts."""
-    ROWS: tl.constexpr = level[4]
-    COLUMNS: tl.constexpr = level[5]
-    BLOCK_ROWS: tl.constexpr = level[6]
-    BLOCK_COLUMNS: tl.constexpr = level[7]
-    flat = tl.arange(0, BLOCK_ROWS * BLOCK_COLUMNS)
-    row, column = flat // BLOCK_COLUMNS, flat % BLOCK_COLUMNS
-    if COLUMNS == BLOCK_COLUMNS:  # they lie side by side, which the compiler sees in terms of `flat` alone
-        entries, mask = flat, flat < ROWS * COLUMNS
-    else:
-        entries, mask = row * COLUMNS + column, (row < ROWS) & (column < COLUMNS)
-    N = level[2] * level[3]
-    A = contract(level[0], level[1], N, offs_t, entries.to(tl.int64), mask_t, mask, "none", BLOCK_K, PRECISION)
-    return tl.reshape(A, (offs_t.shape[0], BLOCK_ROWS, BLOCK_COLUMNS))
 
 
 @triton.jit
@@ -130,9 +110,9 @@ def _tr_forward_kernel(
     A_rows = (offs_t[:, None] * P + offs_p[None, :]) * M
     mask_tp = mask_t[:, None] & mask_p[None, :]
     if len(levels) > 0:
-        A = _level_matrix(levels[0], offs_t, mask_t, BLOCK_K, PRECISION)
+        A = level_matrix(levels[0], offs_t, mask_t, BLOCK_K, PRECISION)
         for e in tl.static_range(1, len(levels)):
-            A_e = _level_matrix(levels[e], offs_t, mask_t, BLOCK_K, PRECISION)
+            A_e = level_matrix(levels[e], offs_t, mask_t, BLOCK_K, PRECISION)
             A = tl.sum(A[:, :, :, None] * A_e[:, None, :, :], axis=2)
         if A_ptr is not None and block_r == 0:
             offs_m = tl.arange(0, A.shape[2])
@@ -216,35 +196,6 @@ def _tr_backward_kernel(
         tl.store(part + offs_mr, tl.sum(dB, axis=0), mask=mask_m[:, None] & mask_r[None, :])
 
 
-def _levels(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Every level's a_e (T, N_e) and U_e (N_e, R_e R_{e+1}), and its matrix's size, plain and padded."""
-    levels = []
-    for a, core in zip(coefficients, cores, strict=True):
-        N, rows, columns = core.shape
-        sizes = rows, columns, triton.next_power_of_2(rows), triton.next_power_of_2(columns)
-        flat = matrix(core.contiguous().flatten(1))
-        levels.append((matrix(a), flat, *aligned_size(N), *map(tl.constexpr, sizes)))
-    return tuple(levels)
-
-
-def _fits_in_a_tile(cores: Sequence[Tensor], block_p: int) -> bool:
-    """Whether a program can hold a token's A_e: all of them small, and A's rows in one block."""
-    return _ranks_fit(tuple(rank for core in cores for rank in core.shape[1:]), block_p)
-
-
-@lru_cache(maxsize=1024)
-def _ranks_fit(ranks: tuple[int, ...], block_p: int) -> bool:
-    padded = [triton.next_power_of_2(rank) for rank in ranks]
-    entries = [rows * columns for rows, columns in zip(padded[::2], padded[1::2], strict=True)]
-    return bool(padded[0] == block_p) and max(entries) * (max(padded) if len(entries) > 1 else 1) <= _IN_TILE
-
-
-def _level_matrices(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> list[Tensor]:
-    """Every level's A_e as (T, R_e, R_{e+1}), by the vendor's GEMM."""
-    pairs = zip(coefficients, cores, strict=True)
-    return [torch.mm(a, core.flatten(1)).unflatten(1, core.shape[1:]) for a, core in pairs]
-
-
 @planned
 def tr_forward(
     z: Tensor,
@@ -269,11 +220,8 @@ def tr_forward(
     if vendor_contracts("tr", z.device, z.dtype, T, I, activation):
         made_B = vendor_product(z, in_weight, None if in_bias is None else in_bias.flatten(), activation)
     config = tr_forward_config(z.device, z.dtype, T, rows=(P, M), wide=alignment(R) >= 8, reads_B=made_B is not None)
-    fused = _fits_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
-    if fused:
-        A = z.new_empty(T, P, M) if save else None
-    else:
-        *_, A = accumulate(_level_matrices(coefficients, expert_cores), torch.bmm)
+    fused = fit_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
+    A = product_of_levels(coefficients, expert_cores) if not fused else z.new_empty(T, P, M) if save else None
     B = made_B.view(T, M, R) if made_B is not None else z.new_empty(T, M, R) if save else None
     h = z.new_empty(T, P, R)
     blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
@@ -284,7 +232,7 @@ def tr_forward(
         z.device,
         input_product=contracted(z, in_weight, activation) if made_B is None else made(made_B),
         in_bias_ptr=None if in_bias is None or made_B is not None else in_bias.contiguous(),
-        levels=_levels(coefficients, expert_cores) if fused else (),
+        levels=ring_levels(coefficients, expert_cores) if fused else (),
         h_ptr=h,
         A_ptr=None if A is None else A.contiguous(),
         B_ptr=B if made_B is None else None,
@@ -359,28 +307,10 @@ def tr_backward(
     nothing: list[Tensor | None] = [None] * len(coefficients)
     das, d_cores = nothing, list(nothing)
     if dA is not None:
-        das, d_cores = _expert_gradients(dA.sum(0).to(z.dtype), coefficients, expert_cores, needs_a, needs_experts)
+        das, d_cores = expert_gradients(dA.sum(0).to(z.dtype), coefficients, expert_cores, needs_a, needs_experts)
     d_in_bias = None if db is None else db.sum(0).to(z.dtype)
     dz, d_in_core = None, None
     if dB is not None:
         dz, d_in_core = input_mode_gradients(dB.flatten(1), z, in_core.flatten(0, 1), activation, needs_z, needs_in)
         d_in_core = None if d_in_core is None else d_in_core.view(in_core.shape)
     return dz, das, d_cores, d_in_core, d_in_bias, d_out_core
-
-
-def _expert_gradients(
-    dA: Tensor, coefficients: Sequence[Tensor], cores: Sequence[Tensor], needs_a: bool, needs_core: bool
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """[da_e] and [dU_e] of ``A = A_1 ⋯ A_E`` from dA (T, P, M): each level's between the products on its two sides."""
-    matrices = _level_matrices(coefficients, cores) if len(cores) > 1 else []
-    before = [None, *accumulate(matrices[:-1], torch.bmm)]
-    after = [None, *accumulate(reversed(matrices[1:]), lambda right, left: torch.bmm(left, right))][::-1]
-    das: list[Tensor | None] = []
-    d_cores: list[Tensor | None] = []
-    for a, core, left, right in zip(coefficients, cores, before, after, strict=True):
-        dA_e = dA if left is None else torch.bmm(left.mT, dA)
-        dA_e = dA_e if right is None else torch.bmm(dA_e, right.mT)
-        da, d_core = expert_mode_gradients(dA_e.flatten(1), a, core.flatten(1), needs_a, needs_core)
-        das.append(da)
-        d_cores.append(None if d_core is None else d_core.view(core.shape))
-    return das, d_cores

@@ -25,15 +25,9 @@ import torch
 from torch import Tensor
 
 from mumoe_fast.kernels._plans import planned
-from mumoe_fast.kernels._tiles import expert_mode_gradients, input_mode_gradients
-from mumoe_fast.kernels.bilinear import (
-    activated,
-    are_few,
-    bilinear_backward,
-    bilinear_forward,
-    core_gradient,
-    few_tokens_forward,
-)
+from mumoe_fast.kernels._tiles import activated, expert_mode_gradients, input_mode_gradients
+from mumoe_fast.kernels.bilinear import bilinear_backward, bilinear_forward, core_gradient
+from mumoe_fast.kernels.bilinear_few_tokens import are_few, few_tokens_forward
 from mumoe_fast.kernels.configs import FEW_TOKENS
 
 

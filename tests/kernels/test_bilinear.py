@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mumoe_fast import MuMoE, MuMoEMLP, functional, rank, reference
-from mumoe_fast.kernels import bilinear, full, tucker
+from mumoe_fast.kernels import bilinear, bilinear_few_tokens, full, tucker
 from mumoe_fast.kernels._common import record_launches
 from mumoe_fast.kernels.configs import target_architecture
 from mumoe_fast.ops.full import full as full_operator
@@ -143,7 +143,7 @@ def test_few_tokens(T: int, dtype: torch.dtype, device: torch.device) -> None:
 def test_more_matrices_than_few_tokens_hold(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     problem = tucker_problem(3, 9, 7, (5, 4), (2, 3, 17, 8), device=device)
     held = solve(problem)["y"]
-    monkeypatch.setattr(bilinear, "_JOINT", 5)
+    monkeypatch.setattr(bilinear_few_tokens, "_JOINT", 5)
     check(problem)
     torch.testing.assert_close(solve(problem)["y"], held)
 

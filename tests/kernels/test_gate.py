@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from mumoe_fast.kernels import gate
+from mumoe_fast.kernels import _logits
 from mumoe_fast.kernels._common import record_launches
 from mumoe_fast.kernels.configs import FEW_TOKENS, gate_forward_config, target_architecture
 from mumoe_fast.kernels.gate import gate_backward, gate_forward, gate_hierarchy_backward, gate_hierarchy_forward
@@ -180,7 +180,7 @@ def test_a_bad_token_poisons_its_row_and_the_weights_gradient(N: int, bad: float
 def test_a_wide_gate_in_chunks_of_tokens(norm: Norm, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     arguments = inputs(5, 24, IN_REGISTERS, device, torch.bfloat16)
     whole = run(*arguments, norm, 1.5)
-    monkeypatch.setattr(gate, "LOGITS_BYTES", 2 * 4 * IN_REGISTERS)
+    monkeypatch.setattr(_logits, "LOGITS_BYTES", 2 * 4 * IN_REGISTERS)
     chunked = check(*arguments, norm=norm)
     assert torch.equal(whole["a"], chunked["a"])
 
@@ -191,7 +191,7 @@ def test_only_what_is_needed(
     needs: tuple[bool, bool, bool], chunked: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     if chunked:
-        monkeypatch.setattr(gate, "LOGITS_BYTES", 1)
+        monkeypatch.setattr(_logits, "LOGITS_BYTES", 1)
     z, weight, bias, da = inputs(3, 16, IN_REGISTERS, device)
     a = gate_forward(z, weight, bias, norm="layer", alpha=1.5, eps=EPS)
     options: dict[str, Any] = {"norm": "layer", "alpha": 1.5, "eps": EPS}
@@ -277,7 +277,7 @@ def test_levels_of_which_some_are_wide(monkeypatch: pytest.MonkeyPatch, device: 
     """Those have a route of their own, whose tokens come in chunks; the sum over the levels is the same."""
     arguments = levels_of(2, 24, (MULTI_PASS, 5, IN_REGISTERS), device, torch.bfloat16)
     whole = check_levels(*arguments)
-    monkeypatch.setattr(gate, "LOGITS_BYTES", 4 * (MULTI_PASS + IN_REGISTERS))
+    monkeypatch.setattr(_logits, "LOGITS_BYTES", 4 * (MULTI_PASS + IN_REGISTERS))
     chunked = check_levels(*arguments)
     assert all(torch.equal(whole[f"a_{e}"], chunked[f"a_{e}"]) for e in range(3))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from mumoe_fast.kernels import mxd
+from mumoe_fast.kernels import _logits
 from mumoe_fast.kernels._common import record_launches
 from mumoe_fast.kernels.mxd import MxDNeeds, mxd_backward, mxd_forward, topk_gate_backward, topk_gate_forward
 from mumoe_fast.kernels.support import gather_dot, gather_sum, segment_sum, segments
@@ -147,7 +147,7 @@ def test_gate_with_master_weights(device: torch.device) -> None:
 def test_gate_in_chunks_of_tokens_is_the_gate(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     problem = topk_problem(7, 20, 9, 3, device=device)
     whole, whole_indices = gate_results(problem)
-    monkeypatch.setattr(mxd, "LOGITS_BYTES", 3 * 9 * 4)
+    monkeypatch.setattr(_logits, "LOGITS_BYTES", 3 * 9 * 4)
     chunked, indices = gate_results(problem)
     assert torch.equal(indices, whole_indices)
     torch.testing.assert_close(chunked, whole)
