@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -47,12 +48,12 @@ def last_dimension(name: str, x: Tensor, expected: int, meaning: str) -> None:
         raise ValueError(f"{name}: expected last dimension {expected} ({meaning}), got shape {tuple(x.shape)}")
 
 
-def alpha(value: float | Tensor) -> None:
+def alpha(value: object) -> None:
     """ValueError unless α ∈ [1, 2], or a floating-point scalar tensor, whose value nobody waits for."""
     if isinstance(value, Tensor):
         floating("alpha", value)
         shape("alpha", value, [])
-    elif not 1 <= value <= 2:
+    elif not isinstance(value, Real) or not 1 <= float(value) <= 2:
         raise ValueError(f"alpha: expected a number in [1, 2], got {value!r}")
 
 
@@ -67,22 +68,24 @@ def activation(value: str | None) -> None:
     one_of("activation", value, [None, *ACTIVATIONS])
 
 
-def positive(name: str, value: int) -> None:
-    """ValueError or TypeError unless value is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def positive(name: str, value: object) -> int:
+    """The value as an int; ValueError or TypeError unless it is an integer, NumPy's say, of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)
 
 
 def levels(num_experts: int | Sequence[int]) -> tuple[int, ...]:
     """The experts of each hierarchy level from an int or one int per level; each at least 1."""
-    sizes = (num_experts,) if isinstance(num_experts, int) else tuple(num_experts)
+    try:
+        sizes = tuple(num_experts)  # type: ignore[arg-type]
+    except TypeError:
+        sizes = (num_experts,)  # type: ignore[assignment]
     if not sizes:
         raise ValueError("num_experts: expected an int or one int per hierarchy level, got an empty sequence")
-    for size in sizes:
-        positive("num_experts", size)
-    return sizes
+    return tuple(positive("num_experts", size) for size in sizes)
 
 
 def impl(value: str) -> None:

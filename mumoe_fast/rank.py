@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 FACTORIZATIONS = ("cp", "tr", "tt", "tucker", "full")
 RING_RANK = 4  # the paper's rank of every TR core but the last
@@ -177,7 +178,9 @@ def resolve_rank(
         return ()
     if rank is None:
         raise ValueError(f"rank must be an int or a sequence of ints for factorization={factorization!r}, got None")
-    ranks = _ranks_of(factorization, rank, num_experts) if isinstance(rank, int) else _as_tuple("rank", rank)
+    ranks = _as_tuple("rank", rank)
+    if isinstance(rank, Integral):
+        ranks = _ranks_of(factorization, ranks[0], num_experts)
     levels = len(num_experts)
     expected = 1 if factorization == "cp" else levels + 2
     if len(ranks) != expected:
@@ -209,14 +212,19 @@ def check_factorization(factorization: str) -> None:
         raise ValueError(f"factorization must be one of {names}, got {factorization!r}")
 
 
-def _as_tuple(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    """A sequence as a tuple, one int as a tuple of it."""
-    if isinstance(value, int):
-        return (value,)
+def _as_tuple(name: str, value: Any) -> tuple[int, ...]:
+    """A sequence of integers, NumPy's say, as a tuple of ints; one integer as a tuple of it."""
+    if isinstance(value, Integral):
+        return (_as_int(value),)
     try:
-        return tuple(value)
+        return tuple(map(_as_int, value))
     except TypeError:
         raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}") from None
+
+
+def _as_int(value: Any) -> Any:
+    """An integer of any type as an int; what is none stays what it is, for `_check_counts` to name."""
+    return value if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
 
 
 def _check_counts(name: str, values: Sequence[int]) -> None:

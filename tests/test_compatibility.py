@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mumoe_fast import MuMoE, MuMoEMLP, MxD
@@ -217,6 +218,46 @@ def test_parameters_can_be_given(name: str, impl: str) -> None:
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     layer.load_state_dict(given, strict=False)
     torch.testing.assert_close(layer(x), y)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "cp mlp, batch norm"])
+def test_transforms_of_functions_take_part(name: str) -> None:
+    """Gradients per token and ensembles; batch norm has neither."""
+    layer, others = build(name, "auto"), [build(name, "auto") for _ in range(2)]
+    x, dy = normal(4, 12, like=layer), normal(4, 12, like=layer)
+    given = {key: p.detach() for key, p in layer.named_parameters()}
+
+    def loss(given: dict[str, Tensor], x: Tensor, dy: Tensor) -> Tensor:
+        return (torch.func.functional_call(layer, given, (x,)) * dy).sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(given, x, dy)
+    layer(x).backward(dy)
+    for key, parameter in layer.named_parameters():
+        torch.testing.assert_close(each[key].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
+    for parameter in others[1].parameters():
+        nn.init.normal_(parameter, std=0.4)
+    stacked, _ = torch.func.stack_module_state(others)
+    y = torch.func.vmap(lambda given: torch.func.functional_call(layer, given, (x,)))(stacked)
+    torch.testing.assert_close(y, torch.stack([other(x) for other in others]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["cp", "tr", "mxd"])
+def test_forward_mode_differentiates_or_says_that_it_cannot(name: str, grad: bool) -> None:
+    layer = build(name, "auto")
+    x, direction = normal(3, 12, like=layer), normal(3, 12, like=layer)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
+        assert tangent is not None
+        for part in layer.modules():
+            if hasattr(part, "impl"):
+                part.impl = "native"
+        with pytest.raises(RuntimeError, match=r'impl="native" cannot run here: .* forward mode: use impl="auto"'):
+            layer(forward_ad.make_dual(x, direction))
+    double = build(name, "reference").double()
+    small = 1e-6 * direction.double()
+    expected = (double(x.double() + small) - double(x.double() - small)) / 2e-6
+    torch.testing.assert_close(tangent.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "impl"), KINDS)

@@ -41,7 +41,7 @@ def topk_gate(
         RuntimeError: the named impl cannot run here.
     """
     z = gate_logits_arguments(z, weight, bias)
-    check.positive("k", k)
+    k = check.positive("k", k)
     if k > len(weight):
         raise ValueError(f"k: expected at most the {len(weight)} experts of weight, got {k}")
     impl = choose(impl, z)

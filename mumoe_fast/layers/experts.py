@@ -40,8 +40,8 @@ class Experts(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check.positive("in_features", in_features)
-        check.positive("out_features", out_features)
+        in_features = check.positive("in_features", in_features)
+        out_features = check.positive("out_features", out_features)
         check.activation(activation)
         check.impl(impl)
         self.in_features, self.out_features = in_features, out_features

@@ -99,7 +99,7 @@ class ExpertGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check.positive("in_features", in_features)
+        in_features = check.positive("in_features", in_features)
         check.one_of("activation", activation, ("entmax", "topk"))
         if norm is None:
             norm = "layer" if activation == "entmax" else "none"
@@ -111,7 +111,7 @@ class ExpertGate(nn.Module):
         self.in_features = in_features
         self.num_experts = check.levels(num_experts)
         if activation == "topk":
-            check.positive("k", k)
+            k = check.positive("k", k)
             if k > min(self.num_experts):
                 raise ValueError(f"k: expected at most {min(self.num_experts)}, the experts of a level, got {k}")
         self.activation, self.k = activation, k

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +64,10 @@ class MuMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check.positive("in_features", in_features)
-        check.positive("out_features", out_features)
+        in_features = check.positive("in_features", in_features)
+        out_features = check.positive("out_features", out_features)
         check.one_of("factorization", factorization, list(EXPERTS))
+        check.one_of("norm", norm, check.NORMS)
         shape = counts.resolve((in_features, out_features), check.levels(num_experts), factorization, rank, bias)
         levels, rank = shape.num_experts, shape.rank or None  # "full" has none
         self.in_features, self.out_features = in_features, out_features
@@ -83,26 +86,50 @@ class MuMoE(nn.Module):
         """x (..., I) to (..., O); the gate reads `gate_input` (..., I) where it is given, else x."""
         gate, experts = self.gate, self.experts
         if gate_input is None and _in_one_call(gate, experts):
-            y: Tensor | None = layer_in_one_call(
-                experts.factorization,
-                x,
-                _tensors(gate, "weights"),
-                _tensors(experts, experts.level_parameters),
-                [experts._parameters[name] for name in experts.shared_parameters],
-                norm=gate.norm,
-                alpha=gate.alpha,
-                eps=gate.eps,
-                impl=gate.impl,
-            )
-            if y is not None:
-                return y
+            tensors = _tensors(gate, experts)
+            if tensors is not None:
+                weights, levels, shared = tensors
+                y: Tensor | None = layer_in_one_call(
+                    experts.factorization,
+                    x,
+                    weights,
+                    levels,
+                    shared,
+                    norm=gate.norm,
+                    alpha=gate.alpha,
+                    eps=gate.eps,
+                    impl=gate.impl,
+                )
+                if y is not None:
+                    return y
         y = experts(x, gate(x if gate_input is None else gate_input), support_only=True)
         return y
 
 
-def _tensors(module: nn.Module, name: str) -> list[Tensor]:
-    """A list's parameters without `nn.Module`'s attributes and iterators: a tenth of the layer's time for one token."""
-    return list(module._modules[name]._parameters.values())  # type: ignore[union-attr, arg-type]
+@cache
+def _names(E: int) -> tuple[str, ...]:
+    """The names of a list's parameters."""
+    return tuple(map(str, range(E)))
+
+
+def _tensors(gate: ExpertGate, experts: Experts) -> tuple[list[Any], list[Any], list[Any]] | None:
+    """Gate weights, the levels' tensors and the shared ones, without `nn.Module`'s attributes and iterators.
+
+    Those are a tenth of the layer's time for one token. None where a tensor is not a parameter under its own name and
+    only an attribute finds it: parametrised, pruned, or taken out of its module by FSDP1.
+    """
+    names = _names(len(gate.num_experts))
+    weights: dict[str, Any] = gate._modules["weights"]._parameters  # type: ignore[union-attr]
+    levels: dict[str, Any] = experts._modules[experts.level_parameters]._parameters  # type: ignore[union-attr]
+    parameters = experts._parameters
+    try:
+        return (
+            [weights[name] for name in names],
+            [levels[name] for name in names],
+            [parameters[name] for name in experts.shared_parameters],
+        )
+    except KeyError:
+        return None
 
 
 def _in_one_call(gate: ExpertGate, experts: Experts) -> bool:
@@ -123,7 +150,7 @@ def _in_one_call(gate: ExpertGate, experts: Experts) -> bool:
         and gate.impl == experts.impl
         and not (gate._forward_hooks or gate._forward_pre_hooks)
         and not (experts._forward_hooks or experts._forward_pre_hooks)
-        and len(experts._parameters) == len(experts.shared_parameters)  # FSDP1 takes parameters out of their modules
+        and not ("forward" in gate.__dict__ or "forward" in experts.__dict__)  # replaced on the instance
     )
 
 
@@ -172,10 +199,11 @@ class MuMoEMLP(nn.Module):
     ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features
-        check.positive("in_features", in_features)
-        check.positive("hidden_features", hidden_features)
-        check.positive("out_features", out_features)
+        in_features = check.positive("in_features", in_features)
+        hidden_features = check.positive("hidden_features", hidden_features)
+        out_features = check.positive("out_features", out_features)
         check.one_of("factorization", factorization, list(EXPERTS))
+        check.one_of("norm", norm, check.NORMS)
         features = (in_features, hidden_features, out_features)
         shape = counts.resolve(features, check.levels(num_experts), factorization, rank, bias)
         levels, rank = shape.num_experts, shape.rank or None  # "full" has none

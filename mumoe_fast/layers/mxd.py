@@ -42,9 +42,9 @@ class MxDExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check.positive("hidden_features", hidden_features)
-        check.positive("out_features", out_features)
-        check.positive("num_experts", num_experts)
+        hidden_features = check.positive("hidden_features", hidden_features)
+        out_features = check.positive("out_features", out_features)
+        num_experts = check.positive("num_experts", num_experts)
         check.activation(activation)
         check.impl(impl)
         self.hidden_features, self.out_features, self.num_experts = hidden_features, out_features, num_experts
@@ -115,9 +115,10 @@ class MxD(nn.Module):
     ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features
-        check.positive("in_features", in_features)
-        check.positive("hidden_features", hidden_features)
-        check.positive("num_experts", num_experts)
+        in_features = check.positive("in_features", in_features)
+        hidden_features = check.positive("hidden_features", hidden_features)
+        out_features = check.positive("out_features", out_features)
+        num_experts = check.positive("num_experts", num_experts)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.encoder = nn.Linear(in_features, hidden_features, device=device, dtype=dtype)
         self.gate = ExpertGate(in_features, num_experts, activation="topk", k=k, impl=impl, device=device, dtype=dtype)

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mumoe_fast.ops import _native_library
 
@@ -88,15 +89,22 @@ def best(device: torch.device, dtype: torch.dtype) -> Choice:
 def choose(impl: str, z: Tensor) -> str:
     """The implementation that runs on z, for an `impl` argument.
 
+    "auto" is the reference under torch.func's transforms and in forward-mode differentiation, in which PyTorch lets no
+    operator take part that has a backward of its own.
+
     Raises:
         ValueError: `impl` is unknown.
         RuntimeError: `impl` was named and cannot run here. Nothing falls back silently.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    forward_mode = forward_ad._current_level >= 0
     if impl == "auto":
-        return best(z.device, z.dtype).impl
+        transformed = forward_mode or torch._C._are_functorch_transforms_active()
+        return "reference" if transformed else best(z.device, z.dtype).impl
     hindrance = obstacle(impl, z.device, z.dtype)
+    if forward_mode and impl != "reference":  # under no_grad the tangents would be lost in silence
+        hindrance = 'it has no derivatives in forward mode: use impl="auto" or impl="reference"'
     if hindrance is not None:
         raise RuntimeError(f'impl="{impl}" cannot run here: {hindrance}')
     return impl

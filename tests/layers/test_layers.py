@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mumoe_fast import CPExperts, ExpertGate, MuMoE, MuMoEMLP, reference
+from mumoe_fast import CPExperts, ExpertGate, MuMoE, MuMoEMLP, MxD, reference
 
 LEVELS = [(6,), (6, 3), (4, 2, 2, 2)]
 
@@ -92,6 +92,9 @@ BAD = {
     "no experts": ({"num_experts": 0}, ValueError, "num_experts: expected at least 1, got 0"),
     "no experts at a level": ({"num_experts": (4, 0)}, ValueError, "num_experts: expected at least 1, got 0"),
     "no level": ({"num_experts": ()}, ValueError, "num_experts: expected an int or one int per hierarchy level"),
+    "no number of experts": ({"num_experts": None}, TypeError, "num_experts: expected an int, got None"),
+    "a text for alpha": ({"alpha": "1.5"}, ValueError, r"alpha: expected a number in \[1, 2\], got '1.5'"),
+    "no norm": ({"norm": None}, ValueError, "norm: expected one of 'layer', 'batch', 'none', got None"),
     "float experts": ({"num_experts": (2.0,)}, TypeError, "num_experts: expected an int, got 2.0"),
     "rank": ({"rank": 0}, ValueError, "rank.*at least 1.*0"),
     "alpha": ({"alpha": 3.0}, ValueError, r"alpha: expected a number in \[1, 2\], got 3.0"),
@@ -109,6 +112,22 @@ def test_bad_arguments_are_named(case: str) -> None:
     arguments = {"in_features": 8, "out_features": 6, "num_experts": 4, "rank": 3} | changes
     with pytest.raises(error, match=message):
         MuMoE(**arguments)  # type: ignore[arg-type]
+
+
+def test_sizes_may_be_integers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    I, O, N, R = map(numpy.int64, (8, 6, 4, 3))
+    layers = (
+        MuMoE(I, O, numpy.array([4, 2]), factorization="tr", rank=[numpy.int32(2), 2, 2, R]),
+        MuMoEMLP(I, numpy.int32(9), O, N, factorization="tt", rank=R),
+        MuMoE(I, O, torch.Size([4, 2]), rank=R),
+        MxD(I, numpy.int32(9), O, num_experts=N, k=numpy.int64(2)),
+    )
+    for layer in layers:
+        assert layer(torch.randn(3, 8)).shape == (3, 6)
+        kept = [value for part in layer.modules() for value in vars(part).values()]
+        flat = [x for value in kept for x in (value if isinstance(value, tuple) else [value])]
+        assert not any(isinstance(x, numpy.generic) for x in flat), "a config of these would not go through json"
 
 
 def test_bad_input_names_the_dimension() -> None:

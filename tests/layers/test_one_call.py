@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mumoe_fast import ExpertGate, MuMoE
 from mumoe_fast.layers.cp import CPExperts
@@ -111,7 +114,36 @@ def own_gate(layer: MuMoE) -> None:
     layer.gate.__class__ = Quieter
 
 
-TWO = (look_at_the_gate, look_at_the_experts, learn_alpha, batch_norm, activate, own_experts, own_gate)
+def replace_the_gates_forward(layer: MuMoE) -> None:
+    forward = layer.gate.forward
+    layer.gate.forward = lambda z: tuple(a / 2 for a in forward(z))
+
+
+def parametrise_the_gate(layer: MuMoE) -> None:
+    parametrize.register_parametrization(layer.gate.weights, "0", nn.Tanh())
+
+
+def parametrise_a_level(layer: MuMoE) -> None:
+    parametrize.register_parametrization(layer.experts.expert_factors, "0", nn.Tanh())
+
+
+def prune_the_gate(layer: MuMoE) -> None:
+    prune.l1_unstructured(layer.gate.weights, "0", amount=0.5)
+
+
+TWO = (
+    look_at_the_gate,
+    look_at_the_experts,
+    learn_alpha,
+    batch_norm,
+    activate,
+    own_experts,
+    own_gate,
+    replace_the_gates_forward,
+    parametrise_the_gate,
+    parametrise_a_level,
+    prune_the_gate,
+)
 
 
 @pytest.mark.parametrize("impl", ["triton", "native"])
@@ -126,6 +158,20 @@ def test_whatever_is_asked_of_the_parts_is_done(
     change(layer)
     assert len(calls(layer, x)) >= 2
     torch.testing.assert_close(layer(x), layer.experts(x, layer.gate(x)))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_few_tokens_are_counted_as_many_are_and_need_no_memory_to_be_shaped(tokens: int) -> None:
+    layer = make("native", torch.device("cpu"), (6, 3))
+    x = torch.randn(tokens, 8)
+    counts = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+            layer(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert layer(torch.empty(tokens, 8)).shape == (tokens, 5)
 
 
 @pytest.mark.parametrize("impl", ["triton", "native"])
