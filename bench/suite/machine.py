@@ -29,6 +29,7 @@ def describe_run(device: torch.device, seed: int) -> Run:
     machine = {name: fact for name, fact in describe_machine(device) if name != "software"}
     machine |= {"device": machine.get("device", machine["CPU"]), "threads": str(torch.get_num_threads())}
     versions = {"Python": platform.python_version(), **{name: found for name in PACKAGES if (found := _version(name))}}
+    versions["torch"] = torch.__version__  # with its build, which the package's metadata leaves out
     if torch.version.cuda is not None:
         versions["CUDA"] = torch.version.cuda
     date = datetime.now(UTC).isoformat(timespec="seconds")

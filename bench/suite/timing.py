@@ -7,7 +7,9 @@ its replay from a CUDA graph, which costs no launches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -79,8 +81,32 @@ def captured(action: Action) -> Action:
     with torch.cuda.stream(warm_up):
         for _ in range(WARM_UPS):
             action()
+        with _refusing_to_wait():
+            action()
     torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         action()
-    return graph.replay
+    return _Replay(graph, action)
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """What waits for the device raises: a capture that fails would leave allocator and random numbers unusable."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A captured action, and the action itself for the tensors that it reads: a graph knows them by address alone."""
+
+    graph: torch.cuda.CUDAGraph
+    action: Action
+
+    def __call__(self) -> None:
+        self.graph.replay()

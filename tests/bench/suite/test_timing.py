@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -117,6 +119,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: fake.inside("stream"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.CUDAGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: fake.inside("capture"))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "as it was")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: fake.log.append(f"waiting: {mode}"))
     monkeypatch.setattr(torch, "empty", empty)
     return fake
 
@@ -136,7 +140,35 @@ def test_on_cuda_only_the_call_counts_and_every_call_finds_the_cache_cold(cuda: 
 
 def test_a_capture_is_warmed_up_on_a_stream_of_its_own(cuda: FakeCuda) -> None:
     replay = captured(lambda: cuda.log.append("call"))
-    warm_up = ["wait", "stream begins", "call", "call", "call", "stream ends", "wait"]
+    trial = ["waiting: error", "call", "waiting: as it was"]
+    warm_up = ["wait", "stream begins", "call", "call", "call", *trial, "stream ends", "wait"]
     assert cuda.log == [*warm_up, "capture begins", "call", "capture ends"]
     replay()
     assert cuda.log[-1] == "replay"
+
+
+def test_nothing_is_captured_of_what_waits_for_the_device(cuda: FakeCuda) -> None:
+    """A capture that fails spoils what comes after it: the allocator and the random numbers go on capturing."""
+
+    def waits() -> None:
+        if cuda.log[-1] == "waiting: error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        captured(waits)
+    assert "capture begins" not in cuda.log
+    assert "waiting: as it was" in cuda.log
+
+
+def test_what_a_graph_reads_lives_as_long_as_its_replay(cuda: FakeCuda) -> None:
+    """A graph knows tensors by their addresses, and the next capture gives unused memory back to the driver."""
+    x = torch.zeros(2)
+    read = weakref.ref(x)
+    replay = captured(x.sum)
+    del x
+    gc.collect()
+    assert read() is not None
+    replay()
+    del replay
+    gc.collect()
+    assert read() is None
