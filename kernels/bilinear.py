@@ -244,7 +244,7 @@ def core_gradient(dc: Tensor, v: Sequence[Tensor], x: Tensor) -> Tensor:
     """dC (Π M_e, K, R) in x's dtype, accumulated in float32 over tokens in their order. x is activated already."""
     (T, K), R, M = x.shape, dc.shape[1], prod(level.shape[1] for level in v)
     dC = x.new_empty(M, K, R)
-    config = core_gradient_config(x.device, x.dtype, alignment(K, R) >= 8)
+    config = core_gradient_config(x.device, x.dtype, alignment(K, R) >= 8, len(v))
     launch(
         _core_gradient_kernel,
         (M * triton.cdiv(K, config.blocks["BLOCK_K"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),),
