@@ -154,15 +154,23 @@ def record_launches(target: str) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
-def record(describe: Callable[[], Launch]) -> bool:
-    """Record a launch where they are recorded, unless its grid is empty; whether they are, and so are not to happen."""
-    launches = _recording.get()
-    if launches is None:
-        return False
-    described = describe()
-    if 0 not in described.grid:
-        launches.append(described)
-    return True
+Watcher = Callable[[Launch, Callable[[], Any]], object]
+_watcher: ContextVar[Watcher | None] = ContextVar("mumoe_launch_watcher", default=None)
+
+
+@contextmanager
+def watch_launches(watcher: Watcher) -> Iterator[None]:
+    """Give `watcher` every launch, and what launches it and returns the kernel that Triton compiled for it."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def launches_are_watched() -> bool:
+    """Whether somebody records launches or watches them."""
+    return _recording.get() is not None or _watcher.get() is not None
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -173,11 +181,20 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def perform(launch: Launch, device: torch.device) -> None:
-    """Launch it on `device`; an empty grid launches nothing."""
-    if record(lambda: launch) or 0 in launch.grid:
+    """Launch it on `device`, or only record it where launches are recorded; an empty grid is nothing."""
+    if 0 in launch.grid:
         return
+    launches = _recording.get()
+    if launches is not None:
+        launches.append(launch)
+        return
+
+    def run() -> Any:
+        return launch.kernel[launch.grid](**launch.arguments, **launch.config.blocks, **launch.options)
+
+    watcher = _watcher.get()
     with on_device(device):
-        launch.kernel[launch.grid](**launch.arguments, **launch.config.blocks, **launch.options)
+        run() if watcher is None else watcher(launch, run)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:

@@ -1,127 +1,123 @@
-"""Launches that are planned once: for few tokens the host's work before a launch takes longer than the kernel.
+"""Launchers that are planned once: for few tokens the host's work before a launch takes longer than the kernel.
 
-From tensors to a launch there are strides to split, a grid and a configuration to choose, and in Triton's JIT a type
-and a divisibility to find out for each of twenty arguments: tens of microseconds in Python. All of it follows from the
-tensors' shapes, strides, dtypes and 16-byte alignment. So a launch is described by a function of tensors without data,
-which can depend on nothing else, and the description is remembered by just that, together with the compiled kernel.
+From tensors to a launch there are strides to split, a grid and a configuration to choose, results to allocate, and in
+Triton's JIT a type and a divisibility to find out for each of twenty arguments: tens of microseconds in Python. All of
+it follows from the tensors' shapes, strides, dtypes and 16-byte alignment. So what a launcher does with tensors of one
+kind is written down while it does it, and the next ones of that kind get just that, in a row: the compiled kernels, and
+what torch computes in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
-from typing import Any
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
-import torch
 import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
-from mumoe_fast.kernels._common import Launch, on_device, record
+from mumoe_fast.kernels._common import dot_precision, launches_are_watched, on_device
+from mumoe_fast.kernels._recorder import Recorder
 from mumoe_fast.kernels.configs import architecture
 
-MOST_PLANS = 4096  # of one launcher; then it begins anew, for whoever comes with ever other numbers of tokens
+MOST_PLANS = 2048  # of one launcher; then it begins anew, for whoever comes with ever other numbers of tokens
 _ALIGNMENT = 16  # bytes: all that the JIT asks about a pointer
-_plans: list[dict[Any, _Plan]] = []  # of every launcher
+_plans: dict[str, dict[Any, _Plan | None]] = {}  # of every launcher by its name, of every kind of tensors
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def planned(describe: Callable[..., Launch]) -> Callable[..., None]:
-    """Make of a description a function that launches it, on tensors (all but the first may be None) and options.
+@dataclass(frozen=True)
+class _Plan:
+    """What gives the result for other tensors of the kind; None where that cannot be repeated blindly."""
 
-    ``describe(*tensors, device=device, **options)`` is given stand-ins on the meta device. In the arguments of the
-    `Launch` that it returns, in tuples of any depth, every tensor is a stand-in or a view that starts where one does.
-    It reads no other state than its arguments and the device's architecture, or a plan would outlive its reason: who
-    changes a configuration calls `forget_plans`.
+    again: Callable[[Sequence[Tensor | None]], Any] | None
+
+
+_UNHEARD_OF = _Plan(None)
+
+
+def planned(launcher: Callable[P, R]) -> Callable[P, R]:
+    """A launcher that remembers: a function of tensors, None, lists of tensors, and of numbers and names.
+
+    Its first call with tensors of a kind is an ordinary one, for many kinds come once. The second is written down.
+    Where that fails (see `Recorder`), every later one is ordinary too.
+
+    It reads no state but its arguments, the device's architecture and whether TF32 is allowed, or a plan would outlive
+    its reason: who changes a configuration calls `forget_plans`.
     """
-    plans: dict[Any, _Plan] = {}
-    _plans.append(plans)
+    plans: dict[Any, _Plan | None] = {}
+    _plans[launcher.__name__] = plans
 
-    def launch_planned(first: Tensor, *others: Tensor | None, **options: Any) -> None:
-        device, tensors = first.device, (first, *others)
-        if record(lambda: describe(*tensors, device=device, **options)):
-            return
-        runtime = triton.knobs.runtime
-        key = (
-            *(device, architecture(device), tuple(options.items())),
-            # What else the JIT compiles a kernel anew for.
-            *(runtime.debug, runtime.add_stages_inspection_hook, triton.knobs.compilation.instrumentation_mode),
-            *[None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % _ALIGNMENT) for x in tensors],
-        )
-        plan = plans.get(key)
-        if plan is None:
+    @wraps(launcher)
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
+        if launches_are_watched():  # recorded, or part of a plan that is being written
+            return launcher(*arguments, **options)
+        tensors, key = _flat(arguments)
+        key += _state(tensors[0])
+        key += options
+        key += [tuple(option) if isinstance(option, list) else option for option in options.values()]
+        for x in tensors:
+            key.append(None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % _ALIGNMENT))
+        kind = tuple(key)
+        plan = plans.get(kind, _UNHEARD_OF)
+        if plan is _UNHEARD_OF:
             if len(plans) >= MOST_PLANS:
                 plans.clear()
-            stand_ins = [None if x is None else _stand_in(x) for x in tensors]
-            plan = plans[key] = _Plan(describe(*stand_ins, device=device, **options), stand_ins)
-        with on_device(device):
-            plan.launch(tensors)
+            plans[kind] = None
+        elif plan is None:
+            return _written(plans, kind, tensors, partial(launcher, *arguments, **options))
+        elif plan.again is not None:
+            with on_device(tensors[0].device):
+                result: R = plan.again(tensors)
+                return result
+        return launcher(*arguments, **options)
 
-    return launch_planned
+    return call
 
 
 def forget_plans() -> None:
-    """Plan every launch anew, because what plans rest on, such as `configs`, has changed."""
-    for plans in _plans:
+    """Plan everything anew, because what plans rest on, such as `configs`, has changed."""
+    for plans in _plans.values():
         plans.clear()
 
 
-def _stand_in(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+def unplanned() -> set[str]:
+    """The names of launchers that cannot be repeated blindly with tensors of a kind that they have met twice."""
+    return {name for name, plans in _plans.items() for plan in plans.values() if plan is not None and not plan.again}
 
 
-class _Plan:
-    """A description with places for its tensors, and its kernel once that is compiled.
-
-    The arguments are made by a list of values: first the tensors, then one place for each tuple, filled inner ones
-    first, and from the end the constants. An `itemgetter` makes a tuple of values without a step in Python.
-    """
-
-    def __init__(self, described: Launch, stand_ins: Sequence[Tensor | None]) -> None:
-        self._kernel, self._grid, self._options = described.kernel, described.grid, described.options
-        self._run: Callable[..., object] | None = None
-        self._tuples: list[tuple[int, Callable[[Sequence[Any]], Any]]] = []
-        places = {x.untyped_storage()._cdata: place for place, x in enumerate(stand_ins) if x is not None}
-        constants: list[Any] = []
-
-        def place(name: str, argument: Any) -> int:
-            if isinstance(argument, Tensor):
-                if argument.untyped_storage()._cdata not in places or argument.storage_offset():
-                    raise ValueError(
-                        f"{name}: expected one of the planned tensors, or a view that starts where it does"
-                    )
-                return places[argument.untyped_storage()._cdata]
-            if isinstance(argument, tuple) and argument:
-                getter = _tuple_of([place(name, part) for part in argument])
-                self._tuples.append((len(stand_ins) + len(self._tuples), getter))
-                return self._tuples[-1][0]
-            constants.append(argument)
-            return -len(constants)
-
-        arguments = {**described.arguments, **described.config.blocks}
-        names = self._kernel.arg_names
-        if arguments.keys() != set(names):
-            raise TypeError(f"{self._kernel.fn.__name__}: expected {', '.join(names)}, got {', '.join(arguments)}")
-        self._arguments = _tuple_of([place(name, arguments[name]) for name in names])
-        self._values = [*([None] * len(self._tuples)), *reversed(constants)]
-
-    def launch(self, tensors: Sequence[Tensor | None]) -> None:
-        """Launch on these tensors, on the current device and stream."""
-        if 0 in self._grid:
-            return
-        values = [*tensors, *self._values]
-        for place, getter in self._tuples:
-            values[place] = getter(values)
-        if self._run is not None:
-            self._run(*self._arguments(values))
-            return
-        compiled = self._kernel[self._grid](*self._arguments(values), **self._options)
-        if isinstance(compiled, CompiledKernel):  # not so in the interpreter
-            self._run = compiled[(*self._grid, 1, 1)[:3]]
+def _flat(arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The tensors in one list, and what else there is: the lengths of the lists they were in, and numbers."""
+    tensors: list[Any] = []
+    others: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            tensors += argument
+            others.append(len(argument))
+        elif argument is None or isinstance(argument, Tensor):
+            tensors.append(argument)
+        else:
+            others.append(argument)
+    return tensors, others
 
 
-def _tuple_of(places: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
-    """A function of values that makes a tuple of those at the places."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    (place,) = places
-    return lambda values: (values[place],)
+def _state(first: Tensor) -> list[Any]:
+    """What else a launcher depends on, or the JIT compiles a kernel anew for."""
+    runtime, device = triton.knobs.runtime, first.device
+    knobs = runtime.debug, runtime.add_stages_inspection_hook, triton.knobs.compilation.instrumentation_mode
+    return [device, architecture(device), dot_precision(first.dtype), *knobs]
+
+
+def _written(plans: dict[Any, _Plan | None], kind: Any, tensors: Sequence[Tensor | None], call: Callable[[], R]) -> R:
+    """The call's result; a plan of it is left in `plans`."""
+    given = [x._cdata for x in tensors if x is not None]
+    if len(set(given)) < len(given):  # of one tensor in two places nobody sees which is read
+        return call()
+    recorder = Recorder(tensors)
+    with recorder:
+        result = call()
+    plans[kind] = _Plan(recorder.repetition(result))
+    return result

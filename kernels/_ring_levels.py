@@ -45,7 +45,7 @@ def ring_levels(coefficients: Sequence[Tensor], cores: Sequence[Tensor]) -> tupl
     for a, core in zip(coefficients, cores, strict=True):
         N, rows, columns = core.shape
         sizes = rows, columns, triton.next_power_of_2(rows), triton.next_power_of_2(columns)
-        flat = matrix(core.flatten(1))
+        flat = matrix(core.contiguous().flatten(1))
         levels.append((matrix(a), flat, *aligned_size(N), *map(tl.constexpr, sizes)))
     return tuple(levels)
 

@@ -26,6 +26,7 @@ from mumoe_fast.kernels import _tiles
 from mumoe_fast.kernels._common import launch, load, matmul_float32
 from mumoe_fast.kernels._entmax_solver import merge_moments
 from mumoe_fast.kernels._logits import logit_gradient_dtype, logits
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import distance, matrix, offsets
 from mumoe_fast.kernels.configs import Config, columns_config, merge_config
 from mumoe_fast.kernels.entmax import rows_backward, rows_forward
@@ -125,6 +126,7 @@ def gate_logits_backward(
     return dz, matmul_float32(ds.t(), z.to(ds.dtype)) if needs[1] else None
 
 
+@planned
 def batch_norm_statistics(s: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (N,) of the logits s (T, N) over the tokens, in float32; of no token they are NaN."""
     T, N = s.shape
@@ -160,6 +162,7 @@ def batch_norm_statistics(s: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+@planned
 def batch_norm_statistics_backward(dmean: Tensor, dvar: Tensor, s: Tensor, mean: Tensor) -> Tensor:
     """ds (T, N) in float32 from the gradients (N,) of `batch_norm_statistics`, s and its mean."""
     T, N = s.shape
@@ -205,6 +208,7 @@ def column_sums(x: Tensor, s: Tensor | None = None, mean: Tensor | None = None) 
     return partial.sum(0), None if weighted is None else weighted.sum(0)
 
 
+@planned
 def batch_entmax_forward(s: Tensor, mean: Tensor, rstd: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     """``entmax((s − mean) ⊙ rstd)`` of the logits s (T, N) with mean and rstd (N,), contiguous and in `dtype`."""
     a = torch.empty(s.shape, dtype=dtype, device=s.device)
@@ -212,6 +216,7 @@ def batch_entmax_forward(s: Tensor, mean: Tensor, rstd: Tensor, alpha: float, dt
     return a
 
 
+@planned
 def batch_entmax_backward(
     da: Tensor, a: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,14 +20,14 @@ reads it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import Launch, alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
 from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import (
     Product,
@@ -180,41 +180,6 @@ def _products(
 
 
 @planned
-def _launch_forward(
-    z: Tensor,
-    in_factor: Tensor,
-    in_bias: Tensor | None,
-    h: Tensor,
-    A: Tensor | None,
-    B: Tensor | None,
-    made_B: Tensor | None,
-    *levels: Any,
-    device: torch.device,
-    activation: str,
-    precision: str,
-) -> Launch:
-    """`levels` are every level's coefficients, then their factors, then what the vendor has made of both, or None."""
-    (T, R), I, E = h.shape, z.shape[1], len(levels) // 3
-    coefficients, expert_factors, made_levels = levels[:E], levels[E : 2 * E], levels[2 * E :]
-    reads = {"reads_A": E == 1 and made_levels[0] is not None, "reads_B": made_B is not None}
-    config = cp_forward_config(device, z.dtype, T, wide=_wide(R, I, expert_factors), **reads)
-    arguments = {
-        "levels": _products(made_levels, coefficients, expert_factors),
-        "input_product": contracted(z, in_factor.t(), activation) if made_B is None else made(made_B),
-        "in_bias_ptr": in_bias,
-        "h_ptr": h,
-        "A_ptr": A,
-        "B_ptr": B,
-        "T": T,
-        "R": R // alignment(R),
-        "E": E,
-        "R_ALIGN": alignment(R),
-        "PRECISION": precision,
-    }
-    grid = (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),)
-    return Launch(_cp_forward_kernel, grid, config, arguments)
-
-
 def cp_forward(
     z: Tensor,
     coefficients: Sequence[Tensor],
@@ -242,21 +207,29 @@ def cp_forward(
     A = z.new_empty(0) if not save_A else z.new_empty(T, R) if made_A is None else made_A
     B = z.new_empty(0) if not save else z.new_empty(T, R) if made_B is None else made_B
     h = z.new_empty(T, R) if save or made_B is None else made_B
-    _launch_forward(
-        z,
-        in_factor,
-        None if in_bias is None or made_B is not None else in_bias.contiguous(),
-        h,
-        A if save_A and made_A is None else None,
-        B if save and made_B is None else None,
-        made_B,
-        *(*coefficients, *expert_factors, *levels),
-        activation=activation,
-        precision=dot_precision(z.dtype),
+    reads = {"reads_A": made_A is not None, "reads_B": made_B is not None}
+    config = cp_forward_config(z.device, z.dtype, T, wide=_wide(R, I, expert_factors), **reads)
+    launch(
+        _cp_forward_kernel,
+        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),),
+        config,
+        z.device,
+        levels=_products(levels, coefficients, expert_factors),
+        input_product=contracted(z, in_factor.t(), activation) if made_B is None else made(made_B),
+        in_bias_ptr=None if in_bias is None or made_B is not None else in_bias.contiguous(),
+        h_ptr=h,
+        A_ptr=A if save_A and made_A is None else None,
+        B_ptr=B if save and made_B is None else None,
+        T=T,
+        R=R // alignment(R),
+        E=len(levels),
+        R_ALIGN=alignment(R),
+        PRECISION=dot_precision(z.dtype),
     )
     return torch.mm(h, out_factor.t()), A, B
 
 
+@planned
 def cp_backward(
     dy: Tensor,
     z: Tensor,

@@ -21,7 +21,6 @@ mostly from the caches, at every step of the solver: see `_entmax_multi_pass`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import Launch, append, load, perform, store
+from mumoe_fast.kernels._common import append, launch, load, store
 from mumoe_fast.kernels._entmax_multi_pass import (
     _rows_backward_multi_pass_kernel,
     _rows_multi_pass_kernel,
@@ -140,32 +139,18 @@ def rows_forward(
     rstd: Tensor | None = None,
 ) -> None:
     """Write ``entmax(norm(s))`` of s (T, N) into the contiguous a (T, N); mean and rstd (N,) are batch norm's."""
-    _launch_rows_forward(s, a, mean, rstd, norm=norm, alpha=alpha, eps=eps)
-
-
-@planned
-def _launch_rows_forward(
-    s: Tensor,
-    a: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    *,
-    device: torch.device,
-    norm: str,
-    alpha: float,
-    eps: float,
-) -> Launch:
-    arguments = {
-        "s": matrix(s),
-        "mean_ptr": mean,
-        "rstd_ptr": rstd,
-        "a_ptr": a,
-        "eps": eps,
-        "NORM": norm,
-        "LEARNED": False,
+    _launch_rows(
+        (_rows_kernel, _rows_multi_pass_kernel),
+        s,
+        s=matrix(s),
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        a_ptr=a,
+        eps=eps,
+        NORM=norm,
+        LEARNED=False,
         **solver_arguments(alpha, max(s.shape[1], 1)),
-    }
-    return _rows_launch((_rows_kernel, _rows_multi_pass_kernel), s, device, arguments)
+    )
 
 
 def rows_backward(
@@ -197,20 +182,17 @@ def rows_backward(
     )
 
 
-def _rows_launch(kernels: tuple[Any, Any], rows: Tensor, device: torch.device, arguments: Mapping[str, Any]) -> Launch:
-    """That of the first kernel if rows of this length fit in registers, else of the second."""
+def _launch_rows(kernels: tuple[Any, Any], rows: Tensor, **arguments: Any) -> None:
+    """Launch the first kernel if rows of this length fit in registers, else the second."""
     T, N = rows.shape
-    config, in_registers = entmax_rows_config(device, N)
+    config, in_registers = entmax_rows_config(rows.device, N)
     grid = (triton.cdiv(T, config.blocks["BLOCK_T"]) if N else 0,)
     if in_registers:
-        return Launch(kernels[0], grid, config, {"T": T, "N": N, "FULL": config.blocks["BLOCK_N"] == N, **arguments})
-    return Launch(kernels[1], grid, config, {"T": T, "N": N, **arguments})
+        arguments["FULL"] = config.blocks["BLOCK_N"] == N
+    launch(kernels[not in_registers], grid, config, rows.device, T=T, N=N, **arguments)
 
 
-def _launch_rows(kernels: tuple[Any, Any], rows: Tensor, **arguments: Any) -> None:
-    perform(_rows_launch(kernels, rows, rows.device, arguments), rows.device)
-
-
+@planned
 def entmax_forward(x: Tensor, alpha: float) -> Tensor:
     """α-entmax of the rows of x (T, N), any strides, contiguous and in x's dtype."""
     a = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -218,6 +200,7 @@ def entmax_forward(x: Tensor, alpha: float) -> Tensor:
     return a
 
 
+@planned
 def entmax_backward(da: Tensor, a: Tensor, alpha: float) -> Tensor:
     """dx (T, N) in a's dtype from the upstream gradient da and the result a, of any strides."""
     dx = torch.empty(a.shape, dtype=a.dtype, device=a.device)
@@ -230,6 +213,7 @@ def _learned_beta(alpha: Tensor) -> Tensor:
     return (alpha.detach().double() - 1).clamp(min=1e-6)
 
 
+@planned
 def learned_entmax_forward(x: Tensor, alpha: Tensor) -> Tensor:
     """`entmax_forward` for an α that lives on the device: nothing waits for its value."""
     a = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -251,6 +235,7 @@ def learned_entmax_forward(x: Tensor, alpha: Tensor) -> Tensor:
     return a
 
 
+@planned
 def learned_entmax_backward(da: Tensor, a: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """dx (T, N) in a's dtype, and dα (a float32 scalar), the gradient of Correia et al. (2019)."""
     dx = torch.empty(a.shape, dtype=a.dtype, device=a.device)

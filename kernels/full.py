@@ -20,15 +20,18 @@ import torch
 from torch import Tensor
 
 from mumoe_fast.kernels._common import matmul_float32
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import activated, activation_pass
 from mumoe_fast.kernels.bilinear import bilinear_backward, bilinear_forward, core_gradient
 
 
+@planned
 def full_forward(z: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str) -> Tensor:
     """y (T, O). The sum over experts is kept in float32."""
     return bilinear_forward([a], activated(z, activation), weight.mT, bias)
 
 
+@planned
 def full_backward(
     dy: Tensor,
     z: Tensor,

@@ -194,7 +194,6 @@ def _launch_of_levels(
     z: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    precision: str,
     **arguments: Any,
 ) -> Launch:
     """One launch for all the levels given, by the configuration of the widest, each with its own block of experts."""
@@ -209,41 +208,46 @@ def _launch_of_levels(
         for weight, bias in zip(weights, biases, strict=True)
     )
     (T, I), blocks = z.shape, {name: block for name, block in config.blocks.items() if name != "BLOCK_N"}
-    sizes = {"T": T, "I": I // alignment(I), "I_ALIGN": alignment(I), "PRECISION": precision}
+    sizes = {"T": T, "I": I // alignment(I), "I_ALIGN": alignment(I), "PRECISION": dot_precision(z.dtype)}
     grid = (triton.cdiv(T, blocks["BLOCK_T"]) * len(levels),)
     return Launch(
         kernel, grid, replace(config, blocks=blocks), {"z": matrix(z), "levels": levels, **sizes, **arguments}
     )
 
 
-@planned
 def _launch_forward(
-    z: Tensor, *levels: Any, device: torch.device, norm: str, alpha: float, eps: float, precision: str
-) -> Launch:
-    """`levels` are every level's weight, then their biases or None, then their coefficients."""
-    E = len(levels) // 3
-    weights, biases, outputs = levels[:E], levels[E : 2 * E], levels[2 * E :]
+    z: Tensor,
+    levels: Sequence[tuple[Tensor, Tensor | None, Tensor]],
+    *,
+    norm: str,
+    alpha: float,
+    eps: float,
+) -> None:
+    """`levels` are every level's weight, bias and coefficients."""
+    weights, biases, outputs = zip(*levels, strict=True)
     widest, weight_dtype = max(map(len, weights)), max((x.dtype for x in weights), key=lambda dtype: dtype.itemsize)
-    return _launch_of_levels(
+    described = _launch_of_levels(
         _gate_kernel,
-        gate_forward_config(device, z.dtype, weight_dtype, widest, len(z)),
+        gate_forward_config(z.device, z.dtype, weight_dtype, widest, len(z)),
         z,
         weights,
-        biases,
-        precision,
+        list(map(_dense, biases)),
         solvers=tuple(solver_arguments(alpha, len(weight))["solver"] for weight in weights),
         a_ptrs=outputs,
         eps=eps,
         NORM=norm,
         FAMILY=family(alpha),
     )
+    perform(described, z.device)
 
 
+@planned
 def gate_forward(z: Tensor, weight: Tensor, bias: Tensor | None, *, norm: str, alpha: float, eps: float) -> Tensor:
     """a (T, N) of one level: see `gate_hierarchy_forward`."""
     return gate_hierarchy_forward(z, [weight], [] if bias is None else [bias], norm=norm, alpha=alpha, eps=eps)[0]
 
 
+@planned
 def gate_hierarchy_forward(
     z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, norm: str, alpha: float, eps: float
 ) -> list[Tensor]:
@@ -264,9 +268,7 @@ def gate_hierarchy_forward(
         for tokens in chunks_of_tokens(T, len(weight)):
             rows_forward(logits(z[tokens], weight, bias), a_e[tokens], norm=norm, alpha=alpha, eps=eps)
     if fused:
-        weights, fused_biases, outputs = zip(*fused, strict=True)
-        dense, precision = map(_dense, fused_biases), dot_precision(z.dtype)
-        _launch_forward(z, *weights, *dense, *outputs, norm=norm, alpha=alpha, eps=eps, precision=precision)
+        _launch_forward(z, fused, norm=norm, alpha=alpha, eps=eps)
     return a
 
 
@@ -300,7 +302,6 @@ def _logit_gradients(
             z,
             weights,
             list(map(_dense, fused_biases)),
-            dot_precision(z.dtype),
             da=tuple(map(matrix, upstream)),
             a=tuple(map(matrix, forward)),
             ds_ptrs=outputs,
@@ -325,6 +326,7 @@ def _added(totals: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
     return [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
 
 
+@planned
 def gate_backward(
     da: Tensor,
     a: Tensor,
@@ -343,6 +345,7 @@ def gate_backward(
     return dz, d_weights[0] if d_weights else None, d_biases[0] if d_biases else None
 
 
+@planned
 def gate_hierarchy_backward(
     da: Sequence[Tensor],
     a: Sequence[Tensor],

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import Launch, alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
 from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._ring_levels import (
     expert_gradients,
@@ -197,41 +197,6 @@ def _tr_backward_kernel(
 
 
 @planned
-def _launch_forward(
-    z: Tensor,
-    in_core: Tensor,
-    in_bias: Tensor | None,
-    h: Tensor,
-    A: Tensor | None,
-    B: Tensor | None,
-    made_B: Tensor | None,
-    *levels: Tensor,
-    device: torch.device,
-    activation: str,
-    precision: str,
-) -> Launch:
-    """`levels` are every level's coefficients, then their cores; none where A is given to be read."""
-    (T, P, R), M = h.shape, len(in_core)
-    config = tr_forward_config(device, z.dtype, T, rows=(P, M), wide=alignment(R) >= 8, reads_B=made_B is not None)
-    in_weight = in_core.flatten(0, 1).t()
-    arguments = {
-        "input_product": contracted(z, in_weight, activation) if made_B is None else made(made_B),
-        "in_bias_ptr": in_bias,
-        "levels": ring_levels(levels[: len(levels) // 2], levels[len(levels) // 2 :]),
-        "h_ptr": h,
-        "A_ptr": A,
-        "B_ptr": B,
-        "T": T,
-        "P": P,
-        "M": M,
-        "R": R // alignment(R),
-        "R_ALIGN": alignment(R),
-        "PRECISION": precision,
-    }
-    blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
-    return Launch(_tr_forward_kernel, (blocks, triton.cdiv(P, config.blocks["BLOCK_P"])), config, arguments)
-
-
 def tr_forward(
     z: Tensor,
     coefficients: Sequence[Tensor],
@@ -250,32 +215,39 @@ def tr_forward(
     with an activation, one transient T×I.
     """
     (T, I), (M, R, _), P = z.shape, in_core.shape, expert_cores[0].shape[1]
+    in_weight = in_core.contiguous().flatten(0, 1).t()
     made_B: Tensor | None = None
     if vendor_contracts("tr", z.device, z.dtype, T, I, activation):
-        made_B = vendor_product(
-            z, in_core.flatten(0, 1).t(), None if in_bias is None else in_bias.flatten(), activation
-        )
+        made_B = vendor_product(z, in_weight, None if in_bias is None else in_bias.flatten(), activation)
     config = tr_forward_config(z.device, z.dtype, T, rows=(P, M), wide=alignment(R) >= 8, reads_B=made_B is not None)
     fused = fit_in_a_tile(expert_cores, config.blocks["BLOCK_P"])
     A = product_of_levels(coefficients, expert_cores) if not fused else z.new_empty(T, P, M) if save else None
     B = made_B.view(T, M, R) if made_B is not None else z.new_empty(T, M, R) if save else None
     h = z.new_empty(T, P, R)
-    _launch_forward(
-        z,
-        in_core.contiguous(),
-        None if in_bias is None or made_B is not None else in_bias.contiguous(),
-        h,
-        None if A is None else A.contiguous(),
-        B if made_B is None else None,
-        made_B,
-        *((*coefficients, *(core.contiguous() for core in expert_cores)) if fused else ()),
-        activation=activation,
-        precision=dot_precision(z.dtype),
+    blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
+    launch(
+        _tr_forward_kernel,
+        (blocks, triton.cdiv(P, config.blocks["BLOCK_P"])),
+        config,
+        z.device,
+        input_product=contracted(z, in_weight, activation) if made_B is None else made(made_B),
+        in_bias_ptr=None if in_bias is None or made_B is not None else in_bias.contiguous(),
+        levels=ring_levels(coefficients, expert_cores) if fused else (),
+        h_ptr=h,
+        A_ptr=None if A is None else A.contiguous(),
+        B_ptr=B if made_B is None else None,
+        T=T,
+        P=P,
+        M=M,
+        R=R // alignment(R),
+        R_ALIGN=alignment(R),
+        PRECISION=dot_precision(z.dtype),
     )
     y = torch.mm(h.flatten(1), out_core.flatten(1).t())
     return (y, A, B) if save and A is not None and B is not None else (y, z.new_empty(0), z.new_empty(0))
 
 
+@planned
 def tr_backward(
     dy: Tensor,
     z: Tensor,

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import activated, expert_mode_gradients, input_mode_gradients
 from mumoe_fast.kernels.bilinear import bilinear_backward, bilinear_forward, core_gradient
 from mumoe_fast.kernels.bilinear_few_tokens import are_few, few_tokens_forward
@@ -47,6 +48,7 @@ def _input_mode(z: Tensor, in_factor: Tensor, in_bias: Tensor | None, activation
     return torch.mm(x, in_factor.t()) if in_bias is None else torch.addmm(in_bias, x, in_factor.t())
 
 
+@planned
 def tucker_forward(
     z: Tensor,
     coefficients: Sequence[Tensor],
@@ -70,6 +72,7 @@ def tucker_forward(
     return (y, B, c) if save else (y, z.new_empty(0), z.new_empty(0))
 
 
+@planned
 def tucker_backward(
     dy: Tensor,
     z: Tensor,

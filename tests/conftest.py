@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mumoe_fast.kernels._plans import forget_plans
 from mumoe_fast.kernels.configs import target_architecture
 from mumoe_fast.ops._native_library import available
 from tests.layouts import GPU_TILES, SMALL_TILES
@@ -30,6 +31,12 @@ def _is_native(request: pytest.FixtureRequest) -> bool:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where kernels run here: the GPU, or the CPU under the interpreter; for the native kernels always the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() and not _is_native(request) else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """Launchers begin anew: tests change what plans rest on."""
+    forget_plans()
 
 
 @pytest.fixture(autouse=True)

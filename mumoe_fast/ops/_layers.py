@@ -25,8 +25,13 @@ def define_layer(family: Family) -> Callable[..., Tensor]:
     def forward(z: Tensor, gate_weights: list[Tensor], experts: list[Tensor], *rest: Any) -> Tensor:
         *shared, norm, alpha, eps, impl = rest
         _refuse_gradients(name, z, gate_weights, experts, shared)
-        gate = launchers(impl, "gate").gate_hierarchy_forward
-        a = gate(z, gate_weights, [], norm=norm, alpha=alpha, eps=eps)
+        options = {"norm": norm, "alpha": alpha, "eps": eps}
+        if impl == "triton":
+            experts_forward = getattr(launchers(impl, family.module), f"{family.name}_forward")
+            options["experts_forward"] = experts_forward
+            y: Tensor = launchers(impl, "layer").layer_forward(z, gate_weights, experts, *shared, **options)
+            return y
+        a = launchers(impl, "gate").gate_hierarchy_forward(z, gate_weights, [], **options)
         return family.forward(z, a, experts, *shared, "none", False, False, impl)[0]
 
     def fake(z: Tensor, gate_weights: list[Tensor], experts: list[Tensor], *rest: Any) -> Tensor:

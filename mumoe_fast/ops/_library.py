@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +22,12 @@ def launchers(impl: str, family: str) -> Any:
     if impl == "native":
         native_gemm.settle()
         return torch.ops.mumoe_native
-    # At the first call: Triton is neither needed nor wanted by those who never launch a kernel.
+    return _kernels(family)
+
+
+@cache
+def _kernels(family: str) -> ModuleType:
+    """At the first call: Triton is neither needed nor wanted by those who never launch a kernel."""
     return importlib.import_module(f"mumoe_fast.kernels.{family}")
 
 

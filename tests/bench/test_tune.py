@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import typer
-from torch import Tensor
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
@@ -18,8 +18,8 @@ from mumoe_fast.bench.tune.ahead import compiling_ahead, run_once
 from mumoe_fast.bench.tune.crossover import CONTESTS, Contest, Crossing, contest
 from mumoe_fast.bench.tune.entries import ENTRIES, KERNEL, NEVER, Entry, contracting, table
 from mumoe_fast.bench.tune.search import steps, tune
-from mumoe_fast.kernels import _plans, configs
-from mumoe_fast.kernels._common import Launch
+from mumoe_fast.kernels import configs, entmax
+from mumoe_fast.kernels._common import launch
 from mumoe_fast.kernels.configs import Config, architecture, target_architecture
 from mumoe_fast.kernels.entmax import entmax_forward
 from mumoe_fast.testing import trials
@@ -85,24 +85,22 @@ def test_a_configuration_of_its_own_that_fails_is_an_error() -> None:
         tune(ROWS, CPU, broken)
 
 
-def test_a_planned_launch_has_the_configuration_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first plan is remembered, and must not be timed in another's place."""
+def test_a_plan_has_the_configuration_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered must not be timed in another's place."""
     used: list[int] = []
-    plan = _plans._Plan
 
-    def noted(described: Launch, stand_ins: Sequence[Tensor | None]) -> _plans._Plan:
-        used.append(described.config.blocks["BLOCK_T"])
-        return plan(described, stand_ins)
+    def noted(kernel: Any, grid: Any, config: Config, *rest: Any, **arguments: Any) -> None:
+        used.append(config.blocks["BLOCK_T"])
+        launch(kernel, grid, config, *rest, **arguments)
 
-    monkeypatch.setattr(_plans, "_Plan", noted)
-    _plans.forget_plans()
+    monkeypatch.setattr(entmax, "launch", noted)
     x = torch.randn(3, 20)
-    for _ in range(2):
+    for _ in range(3):
         entmax_forward(x, 1.5)
     with ROWS.using(HERE, replace(ROWS.current(HERE), blocks={**ROWS.current(HERE).blocks, "BLOCK_T": 1})):
         entmax_forward(x, 1.5)
     entmax_forward(x, 1.5)
-    assert used == [2, 1, 2]
+    assert used == [2, 2, 1, 2]
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

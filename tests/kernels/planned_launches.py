@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
@@ -21,27 +21,29 @@ from triton.runtime.jit import JITFunction
 from mumoe_fast.kernels import cp, entmax, gate, tensor_ring
 from mumoe_fast.kernels._common import record_launches
 from mumoe_fast.kernels.configs import target_architecture
-from tests.kernels.stub_gpu import Launched, StubGpu, install
+from tests.kernels.stub_gpu import Address, Launched, StubGpu, install
 
-ROUNDS = 3
-I, N, R = 64, 32, 48
+ROUNDS = 4
+I, O, N, R = 64, 40, 32, 48
 
 
 @dataclass
 class Call:
-    """A planned launch, and the state of the process in which it happens."""
+    """A planned launcher's call, and the state of the process in which it happens."""
 
-    launcher: Callable[..., None]
-    tensors: tuple[Tensor | None, ...]
+    launcher: Callable[..., object]
+    tensors: tuple[Any, ...]
     options: dict[str, Any]
     architecture: str = "sm_90"
     device: int = 0
     knobs: dict[str, Any] = field(default_factory=dict)
+    tf32: bool = False
 
     @contextmanager
     def state(self, gpu: StubGpu) -> Iterator[None]:
         gpu.device = self.device
         knobs = patch.multiple(triton.knobs.runtime, **{"debug": False, **self.knobs})
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
         with knobs, target_architecture(self.architecture):
             yield
 
@@ -54,47 +56,43 @@ class Call:
         for one in launches:
             one.kernel[one.grid](**one.arguments, **one.config.blocks, **one.options)
 
+    def addresses(self) -> set[int]:
+        """Where the tensors start that are given, and do not come anew with every call."""
+        given = [x for argument in self.tensors for x in (argument if isinstance(argument, list) else [argument])]
+        return {x.data_ptr() for x in given if isinstance(x, Tensor)}
+
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", lead: int = 0) -> Tensor:
     """Of a shape, behind `lead` elements."""
     size = torch.Size(shape).numel()
-    return torch.empty(lead + size, dtype=dtype, device=device)[lead:].view(shape)
+    return torch.zeros(lead + size, dtype=dtype, device=device)[lead:].view(shape)
 
 
 def gate_call(T: int = 1, *, bias: bool = False, lead: int = 0, **changes: Any) -> Call:
-    options = {"norm": "layer", "alpha": 1.5, "eps": 1e-5, "precision": "ieee"}
+    options = {"norm": "layer", "alpha": 1.5, "eps": 1e-5}
     own = {name: changes.pop(name) for name in list(changes) if name in options}
-    kind = {name: changes.pop(name) for name in ("dtype", "device_type") if name in changes}
-    where = {"device": kind.get("device_type", "cpu")}
-    dtype = kind.get("dtype", torch.bfloat16)
-    tensors = (
-        tensor(T, I, dtype=dtype, lead=lead, **where),
-        tensor(N, I, dtype=dtype, **where),
-        tensor(N, dtype=dtype, **where) if bias else None,
-        tensor(T, N, dtype=dtype, **where),
-    )
-    return Call(gate._launch_forward, tensors, {**options, **own}, **changes)
+    where = {"device": changes.pop("device_type", "cpu"), "dtype": changes.pop("dtype", torch.bfloat16)}
+    tensors = (tensor(T, I, lead=lead, **where), tensor(N, I, **where), tensor(N, **where) if bias else None)
+    return Call(gate.gate_forward, tensors, {**options, **own}, **changes)
 
 
 def cp_call(
     T: int = 1, *, levels: int = 1, save: bool = False, strided: bool = False, activation: str = "none"
 ) -> Call:
     z = tensor(T, 2 * I)[:, ::2] if strided else tensor(T, I)
-    kept = (tensor(T, R), tensor(T, R)) if save else (None, None)
-    experts = (*(tensor(T, N) for _ in range(levels)), *(tensor(N, R) for _ in range(levels)))
-    tensors = (z, tensor(R, I), tensor(R), tensor(T, R), *kept, None, *experts, *[None] * levels)
-    return Call(cp._launch_forward, tensors, {"activation": activation, "precision": "ieee"})
+    experts = [tensor(T, N) for _ in range(levels)], [tensor(N, R) for _ in range(levels)]
+    tensors = (z, *experts, tensor(R, I), tensor(R), tensor(O, R))
+    return Call(cp.cp_forward, tensors, {"activation": activation, "save": save})
 
 
 def tr_call(T: int, ranks: tuple[int, int]) -> Call:
     P, M = ranks
-    tensors = (tensor(T, I), tensor(M, R, I), None, tensor(T, P, R), None, None, None, tensor(T, N), tensor(N, P, M))
-    return Call(tensor_ring._launch_forward, tensors, {"activation": "none", "precision": "ieee"})
+    tensors = (tensor(T, I), [tensor(T, N)], [tensor(N, P, M)], tensor(M, R, I), None, tensor(O, P, R))
+    return Call(tensor_ring.tr_forward, tensors, {"activation": "none", "save": False})
 
 
 def rows_call(T: int, length: int) -> Call:
-    options = {"norm": "none", "alpha": 1.5, "eps": 0.0}
-    return Call(entmax._launch_rows_forward, (tensor(T, length), tensor(T, length), None, None), options)
+    return Call(entmax.entmax_forward, (tensor(T, length), 1.5), {})
 
 
 def calls() -> dict[str, Call]:
@@ -108,7 +106,7 @@ def calls() -> dict[str, Call]:
         "with a bias": gate_call(bias=True),
         "float16": gate_call(dtype=torch.float16),
         "float32": gate_call(dtype=torch.float32),
-        "TF32": gate_call(dtype=torch.float32, precision="tf32"),
+        "TF32": gate_call(dtype=torch.float32, tf32=True),
         "another alpha": gate_call(alpha=2.0),
         "another eps": gate_call(eps=1e-3),
         "no norm": gate_call(norm="none"),
@@ -129,25 +127,31 @@ def calls() -> dict[str, Call]:
 
 
 def launched(gpu: StubGpu, call: Call, launch: Callable[[], None]) -> list[Launched]:
+    """What arrives, tensors that the launcher makes numbered as they appear."""
     gpu.launches.clear()
     with call.state(gpu):
         launch()
-    return list(gpu.launches)
+    given, made = call.addresses(), dict[int, str]()
+
+    def named(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(map(named, argument))
+        is_made = isinstance(argument, Address) and argument not in given
+        return made.setdefault(argument, f"made {len(made)}") if is_made else argument
+
+    return [replace(one, arguments=named(one.arguments)) for one in gpu.launches]
 
 
 def differences(gpu: StubGpu) -> list[str]:
-    """The calls whose planned launch is not the JIT's own, first, from memory, or on another stream."""
+    """The calls whose launches are not the JIT's own: ordinary ones, written down, and repeated on another stream."""
     found, order = [], list(calls().items())
-    jit = patch.object(JITFunction, "run", side_effect=AssertionError("planned once, and again bound by the JIT"))
+    jit = patch.object(JITFunction, "run", side_effect=AssertionError("planned, and again bound by the JIT"))
     for gpu.stream in range(ROUNDS):
         random.Random(gpu.stream).shuffle(order)
         for name, call in order:
             expected = launched(gpu, call, call.by_the_jit)
-            if gpu.stream == 0:
+            with jit if gpu.stream > 1 else nullcontext():
                 got = launched(gpu, call, call.planned)
-            else:
-                with jit:
-                    got = launched(gpu, call, call.planned)
             if got != expected or len(got) != (name != "empty"):
                 found.append(f"{name}, round {gpu.stream}")
     return found
@@ -164,7 +168,9 @@ def hooked(gpu: StubGpu) -> list[str]:
     for hooks in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         hooks.add(note)
     try:
-        launched(gpu, call, call.planned)
+        for _ in range(3):
+            seen.clear()
+            launched(gpu, call, call.planned)
     finally:
         for hooks in (runtime.launch_enter_hook, runtime.launch_exit_hook):
             hooks.remove(note)

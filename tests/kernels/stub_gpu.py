@@ -82,13 +82,17 @@ class StubGpu:
         return launch
 
 
+class Address(int):
+    """Where a tensor starts."""
+
+
 def _plain(argument: Any) -> Any:
     """An argument that compares: a tensor by its address."""
     if isinstance(argument, tuple):
         return tuple(map(_plain, argument))
     if isinstance(argument, triton.language.constexpr):
         return argument.value
-    return argument.data_ptr() if isinstance(argument, Tensor) else argument
+    return Address(argument.data_ptr()) if isinstance(argument, Tensor) else argument
 
 
 def install(*, notes: bool = True) -> StubGpu:
