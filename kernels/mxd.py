@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import aligned, alignment, dot_precision, launch, load, store, tiles
 from mumoe_fast.kernels._logits import chunks_of_tokens, logits
 from mumoe_fast.kernels._tiles import (
     contract,
@@ -150,17 +150,14 @@ def _decode(z: Tensor, out_factor: Tensor, activation: str) -> Tensor:
     config = cp_forward_config(z.device, z.dtype, T, wide=alignment(H, O) >= 8)
     launch(
         _decoder_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(O, config.blocks["BLOCK_R"]),),
+        (tiles(config, T=T, R=O),),
         config,
         z.device,
         z=matrix(z),
         out_factor=matrix(out_factor.t()),
         B_ptr=B,
         T=T,
-        H=H // alignment(H),
-        O=O // alignment(O),
-        H_ALIGN=alignment(H),
-        O_ALIGN=alignment(O),
+        **aligned(H=H, O=O),
         ACTIVATION=activation,
         PRECISION=dot_precision(z.dtype),
     )
@@ -194,7 +191,7 @@ def _product_backward(dy: Tensor, A: Tensor, B: Tensor, needs_A: bool, needs_B: 
     config = product_backward_config(dy.device)
     launch(
         _product_backward_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(O, config.blocks["BLOCK_R"]),),
+        (tiles(config, T=T, R=O),),
         config,
         dy.device,
         dy=matrix(dy),
@@ -203,8 +200,7 @@ def _product_backward(dy: Tensor, A: Tensor, B: Tensor, needs_A: bool, needs_B: 
         dA_ptr=dA,
         dB_ptr=dB,
         T=T,
-        O=O // alignment(O),
-        O_ALIGN=alignment(O),
+        **aligned(O=O),
     )
     return dA, dB
 

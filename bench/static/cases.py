@@ -124,7 +124,7 @@ SMALL_WORKLOADS = (
 
 @dataclass(frozen=True)
 class Operator:
-    """One launcher: its tensors' shapes, its other arguments, and the workloads on which it makes sense.
+    """One launcher: its tensors' shapes in their order, its other arguments, and the workloads on which it makes sense.
 
     An option that is a function is called with the case.
     """
@@ -336,7 +336,7 @@ class Case:
             tensors = {
                 name: self._argument(name, shape, level, device) for name, shape in self.operator.tensors.items()
             }
-            self.operator.launcher(**tensors, **options)
+            self.operator.launcher(*tensors.values(), **options)
 
     def _argument(self, name: str, shape: Shape | None, level: int, device: str) -> Tensor | list[Tensor] | None:
         if shape is None:
