@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -119,6 +119,17 @@ def alignment(*sizes: int) -> int:
     The JIT itself only notices 16; a rank of 552 as 69 · 8 keeps its loads 16 bytes wide.
     """
     return gcd(16, *sizes)
+
+
+def aligned(**sizes: int) -> dict[str, int]:
+    """Sizes as a kernel's arguments: each without its power of two, and that as the constant NAME_ALIGN."""
+    powers = {f"{name}_ALIGN": alignment(size) for name, size in sizes.items()}
+    return {name: size // powers[f"{name}_ALIGN"] for name, size in sizes.items()} | powers
+
+
+def tiles(config: Config, **sizes: int) -> int:
+    """How many programs cover these sizes, each in blocks of its own letter."""
+    return prod(triton.cdiv(size, config.blocks[f"BLOCK_{letter}"]) for letter, size in sizes.items())
 
 
 @dataclass(frozen=True)

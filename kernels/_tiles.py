@@ -22,6 +22,7 @@ from torch import Tensor
 from mumoe_fast.kernels._common import (
     activate,
     activation_slope,
+    aligned,
     alignment,
     dot,
     launch,
@@ -29,6 +30,7 @@ from mumoe_fast.kernels._common import (
     load_operand,
     round_to,
     store,
+    tiles,
 )
 from mumoe_fast.kernels.configs import activation_backward_config
 
@@ -225,15 +227,14 @@ def activation_pass(z: Tensor, activation: str, dz: Tensor | None, activated: Te
     config = activation_backward_config(z.device)
     launch(
         _activation_backward_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(I, config.blocks["BLOCK_I"]),),
+        (tiles(config, T=T, I=I),),
         config,
         z.device,
         z=matrix(z),
         dz_ptr=dz,
         activated_ptr=activated,
         T=T,
-        I=I // alignment(I),
-        I_ALIGN=alignment(I),
+        **aligned(I=I),
         ACTIVATION=activation,
     )
 

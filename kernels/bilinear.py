@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mumoe_fast.kernels._common import (
+    aligned,
     alignment,
     dot,
     dot_precision,
@@ -36,6 +37,7 @@ from mumoe_fast.kernels._common import (
     load_operand,
     round_to,
     store,
+    tiles,
 )
 from mumoe_fast.kernels._tiles import contract, distance, from_stack, grouped_blocks, matrix, offsets, stack
 from mumoe_fast.kernels.bilinear_few_tokens import are_few, few_tokens_forward
@@ -173,10 +175,7 @@ def _contract(
         dots_ptr=dots,
         T=T,
         M=M,
-        K=K // alignment(K),
-        R=R // alignment(R),
-        K_ALIGN=alignment(K),
-        R_ALIGN=alignment(R),
+        **aligned(K=K, R=R),
         ACTIVATION=activation,
         PRECISION=dot_precision(x.dtype),
     )
@@ -244,10 +243,10 @@ def core_gradient(dc: Tensor, v: Sequence[Tensor], x: Tensor) -> Tensor:
     """dC (Π M_e, K, R) in x's dtype, accumulated in float32 over tokens in their order. x is activated already."""
     (T, K), R, M = x.shape, dc.shape[1], prod(level.shape[1] for level in v)
     dC = x.new_empty(M, K, R)
-    config = core_gradient_config(x.device, x.dtype, alignment(K, R) >= 8)
+    config = core_gradient_config(x.device, x.dtype, alignment(K, R) >= 8, len(v))
     launch(
         _core_gradient_kernel,
-        (M * triton.cdiv(K, config.blocks["BLOCK_K"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),),
+        (M * tiles(config, K=K, R=R),),
         config,
         x.device,
         x=matrix(x),
@@ -255,10 +254,7 @@ def core_gradient(dc: Tensor, v: Sequence[Tensor], x: Tensor) -> Tensor:
         levels=_levels(v),
         dC_ptr=dC,
         T=T,
-        K=K // alignment(K),
-        R=R // alignment(R),
-        K_ALIGN=alignment(K),
-        R_ALIGN=alignment(R),
+        **aligned(K=K, R=R),
         PRECISION=dot_precision(x.dtype),
     )
     return dC

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot, dot_precision, launch, load, load_operand, store
+from mumoe_fast.kernels._common import aligned, dot, dot_precision, launch, load, load_operand, store, tiles
 from mumoe_fast.kernels._tiles import contract, distance, from_stack, matrix, offsets, stack
 from mumoe_fast.kernels.configs import FEW_TOKENS, few_tokens_config
 
@@ -103,7 +103,7 @@ def few_tokens_forward(
     ]
     launch(
         _few_tokens_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),),
+        (tiles(config, T=T, R=R),),
         config,
         x.device,
         x=matrix(x),
@@ -114,10 +114,7 @@ def few_tokens_forward(
         c_ptr=c,
         T=T,
         M=M,
-        K=K // alignment(K),
-        R=R // alignment(R),
-        K_ALIGN=alignment(K),
-        R_ALIGN=alignment(R),
+        **aligned(K=K, R=R),
         PRECISION=dot_precision(x.dtype),
         BLOCK_M=max(triton.next_power_of_2(M), 16),
     )

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import aligned, alignment, dot_precision, launch, load, store, tiles
 from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._tiles import (
     Product,
@@ -211,7 +211,7 @@ def cp_forward(
     config = cp_forward_config(z.device, z.dtype, T, wide=_wide(R, I, expert_factors), **reads)
     launch(
         _cp_forward_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"]),),
+        (tiles(config, T=T, R=R),),
         config,
         z.device,
         levels=_products(levels, coefficients, expert_factors),
@@ -221,9 +221,8 @@ def cp_forward(
         A_ptr=A if save_A and made_A is None else None,
         B_ptr=B if save and made_B is None else None,
         T=T,
-        R=R // alignment(R),
+        **aligned(R=R),
         E=len(levels),
-        R_ALIGN=alignment(R),
         PRECISION=dot_precision(z.dtype),
     )
     return torch.mm(h, out_factor.t()), A, B
@@ -291,9 +290,8 @@ def cp_backward(
         partial_ptr=partial,
         dA_ptrs=tuple(dA),
         T=T,
-        R=R // alignment(R),
+        **aligned(R=R),
         A_LEVELS=len(A_products),
-        R_ALIGN=alignment(R),
         PRECISION=dot_precision(z.dtype),
     )
     del dh, products, A_products, levels

@@ -30,16 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import (
-    Launch,
-    alignment,
-    dot_precision,
-    load,
-    matmul_float32,
-    perform,
-    round_to,
-    store,
-)
+from mumoe_fast.kernels._common import Launch, aligned, dot_precision, load, matmul_float32, perform, round_to, store
 from mumoe_fast.kernels._entmax_solver import (
     entmax_gradient_tile,
     entmax_tile,
@@ -208,7 +199,7 @@ def _launch_of_levels(
         for weight, bias in zip(weights, biases, strict=True)
     )
     (T, I), blocks = z.shape, {name: block for name, block in config.blocks.items() if name != "BLOCK_N"}
-    sizes = {"T": T, "I": I // alignment(I), "I_ALIGN": alignment(I), "PRECISION": dot_precision(z.dtype)}
+    sizes = {"T": T, **aligned(I=I), "PRECISION": dot_precision(z.dtype)}
     grid = (triton.cdiv(T, blocks["BLOCK_T"]) * len(levels),)
     return Launch(
         kernel, grid, replace(config, blocks=blocks), {"z": matrix(z), "levels": levels, **sizes, **arguments}

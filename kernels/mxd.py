@@ -14,6 +14,9 @@ Experts, with C kept as its transpose (N, O), one row per expert:
 
 z (T, I) at the gate and (T, H) at the experts, G (N, I), b (N), v and i (T, k), D (O, H), y (T, O). Of the N experts
 only a token's k take part after the logits. relu keeps the order, and so it comes after the k largest are found.
+
+B goes to memory whoever contracts it: the kernel saves only the way of act(z), which is longer than B's, and pays with
+an activation in every block of columns. `vendor_contracts` says where it is worth that.
 """
 
 from __future__ import annotations
@@ -25,10 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import aligned, alignment, dot_precision, launch, load, store, tiles
 from mumoe_fast.kernels._logits import chunks_of_tokens, logits
-from mumoe_fast.kernels._tiles import contract, distance, grouped_blocks, input_mode_gradients, matrix, offsets
-from mumoe_fast.kernels.configs import cp_forward_config, product_backward_config
+from mumoe_fast.kernels._tiles import (
+    contract,
+    distance,
+    grouped_blocks,
+    input_mode_gradients,
+    matrix,
+    offsets,
+    vendor_product,
+)
+from mumoe_fast.kernels.configs import cp_forward_config, product_backward_config, vendor_contracts
 from mumoe_fast.kernels.support import gather_dot, gather_sum, gather_sum_times, segment_sum, segments
 
 
@@ -131,25 +142,22 @@ def topk_gate_backward(
 
 
 def _decode(z: Tensor, out_factor: Tensor, activation: str) -> Tensor:
-    """``B = act(z) Dᵀ`` (T, O): activated on the way in, for act(z) is four times B in an MLP and would move twice."""
-    if activation == "none":
-        return torch.mm(z, out_factor.t())
+    """``B = act(z) Dᵀ`` (T, O), by the vendor's GEMM, or by the kernel that activates on the way in."""
     (T, H), O = z.shape, len(out_factor)
+    if activation == "none" or vendor_contracts("cp", z.device, z.dtype, T, H, activation):
+        return vendor_product(z, out_factor.t(), activation=activation)
     B = z.new_empty(T, O)
     config = cp_forward_config(z.device, z.dtype, T, wide=alignment(H, O) >= 8)
     launch(
         _decoder_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(O, config.blocks["BLOCK_R"]),),
+        (tiles(config, T=T, R=O),),
         config,
         z.device,
         z=matrix(z),
         out_factor=matrix(out_factor.t()),
         B_ptr=B,
         T=T,
-        H=H // alignment(H),
-        O=O // alignment(O),
-        H_ALIGN=alignment(H),
-        O_ALIGN=alignment(O),
+        **aligned(H=H, O=O),
         ACTIVATION=activation,
         PRECISION=dot_precision(z.dtype),
     )
@@ -166,7 +174,11 @@ def mxd_forward(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (T, O), and A and B (T, O) in the tensors' dtype if they are to be saved for backward, else empty."""
+    """y (T, O), and A and B (T, O) in the tensors' dtype if they are to be saved for backward, else empty.
+
+    Alive at most: A, B and y; and before them, where the vendor contracts through an activation, B and one transient
+    T×H, which is no more than backward holds.
+    """
     B = _decode(z, out_factor, activation)
     y, A = gather_sum_times(values, indices, expert_factors, B, save)
     return y, A, B if save else z.new_empty(0)
@@ -179,7 +191,7 @@ def _product_backward(dy: Tensor, A: Tensor, B: Tensor, needs_A: bool, needs_B: 
     config = product_backward_config(dy.device)
     launch(
         _product_backward_kernel,
-        (triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(O, config.blocks["BLOCK_R"]),),
+        (tiles(config, T=T, R=O),),
         config,
         dy.device,
         dy=matrix(dy),
@@ -188,8 +200,7 @@ def _product_backward(dy: Tensor, A: Tensor, B: Tensor, needs_A: bool, needs_B: 
         dA_ptr=dA,
         dB_ptr=dB,
         T=T,
-        O=O // alignment(O),
-        O_ALIGN=alignment(O),
+        **aligned(O=O),
     )
     return dA, dB
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, launch, load, store
+from mumoe_fast.kernels._common import aligned, launch, load, store
 from mumoe_fast.kernels._tiles import distance, matrix, offsets
 from mumoe_fast.kernels.configs import gather_config, segment_config
 
@@ -150,8 +150,7 @@ def _gather_sum(
         sum_ptr=total,
         product_ptr=product,
         K=K,
-        R=R // alignment(R),
-        R_ALIGN=alignment(R),
+        **aligned(R=R),
     )
 
 
@@ -187,8 +186,7 @@ def gather_dot(x: Tensor, indices: Tensor, table: Tensor) -> Tensor:
         table=matrix(table),
         out_ptr=out,
         K=K,
-        R=R // alignment(R),
-        R_ALIGN=alignment(R),
+        **aligned(R=R),
     )
     return out
 
@@ -212,7 +210,6 @@ def segment_sum(values: Tensor, by_expert: Segments, x: Tensor, dtype: torch.dty
         x=matrix(x),
         out_ptr=out,
         K=values.shape[1],
-        R=R // alignment(R),
-        R_ALIGN=alignment(R),
+        **aligned(R=R),
     )
     return out

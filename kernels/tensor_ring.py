@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mumoe_fast.kernels._common import alignment, dot_precision, launch, load, store
+from mumoe_fast.kernels._common import aligned, alignment, dot_precision, launch, load, store, tiles
 from mumoe_fast.kernels._plans import planned
 from mumoe_fast.kernels._ring_levels import (
     expert_gradients,
@@ -224,7 +224,7 @@ def tr_forward(
     A = product_of_levels(coefficients, expert_cores) if not fused else z.new_empty(T, P, M) if save else None
     B = made_B.view(T, M, R) if made_B is not None else z.new_empty(T, M, R) if save else None
     h = z.new_empty(T, P, R)
-    blocks = triton.cdiv(T, config.blocks["BLOCK_T"]) * triton.cdiv(R, config.blocks["BLOCK_R"])
+    blocks = tiles(config, T=T, R=R)
     launch(
         _tr_forward_kernel,
         (blocks, triton.cdiv(P, config.blocks["BLOCK_P"])),
@@ -239,8 +239,7 @@ def tr_forward(
         T=T,
         P=P,
         M=M,
-        R=R // alignment(R),
-        R_ALIGN=alignment(R),
+        **aligned(R=R),
         PRECISION=dot_precision(z.dtype),
     )
     y = torch.mm(h.flatten(1), out_core.flatten(1).t())
@@ -297,8 +296,7 @@ def tr_backward(
         T=T,
         P=P,
         M=M,
-        R=R // alignment(R),
-        R_ALIGN=alignment(R),
+        **aligned(R=R),
         PRECISION=dot_precision(z.dtype),
     )
     del dh

@@ -35,14 +35,14 @@ class Workload:
     factorization: str = "cp"
 
     def sizes(self, level: int = 0) -> dict[str, int]:
-        """The letters' values at a hierarchy level; P and M are the ring's first ranks (the paper's), K is MxD's.
+        """The letters' values at a hierarchy level; P and M are the ring's first ranks (the paper's), K and H MxD's.
 
         Q is Tucker's rank of the level's mode, and C that of all of them together. S is the tokens whose A CP keeps.
         """
         ranks = [min(n, 16) for n in self.N]
         kept = self.T if cp.keeps_A(self.N) else 0
         own = {"S": kept, "T": self.T, "I": self.I, "O": self.O, "R": self.R, "N": self.N[level]}
-        return {**own, "P": 4, "M": 4, "K": 32, "Q": ranks[level], "C": prod(ranks)}
+        return {**own, "P": 4, "M": 4, "K": 32, "H": 4 * self.I, "Q": ranks[level], "C": prod(ranks)}
 
 
 def _gpt2(rank: int, factorization: str = "cp") -> tuple[Workload, Workload]:
@@ -96,6 +96,8 @@ WORKLOADS = (
         )
     ),
     Workload("MxD, GPT-2", T=8192, I=768, O=768, R=0, N=(21_500,), factorization="mxd"),
+    Workload("MxD, short rows", T=32_768, I=96, O=96, R=0, N=(2048,), factorization="mxd"),  # decoded by its own kernel
+    Workload("one input, MxD, GPT-2", T=1, I=768, O=768, R=0, N=(21_500,), factorization="mxd"),
     Workload("longest row, N 65,536", T=4096, I=768, O=0, R=0, N=(65_536,)),
 )
 
@@ -122,7 +124,7 @@ SMALL_WORKLOADS = (
 
 @dataclass(frozen=True)
 class Operator:
-    """One launcher: its tensors' shapes, its other arguments, and the workloads on which it makes sense.
+    """One launcher: its tensors' shapes in their order, its other arguments, and the workloads on which it makes sense.
 
     An option that is a function is called with the case.
     """
@@ -219,11 +221,11 @@ _FULL: dict[str, Shape | None] = {"z": "T I", "a": "T N", "weight": "N O I", "bi
 
 
 _MXD: dict[str, Shape | None] = {
-    "z": "T I",
+    "z": "T H",
     "values": "T K",
     "indices": "T K int64",
     "expert_factors": "N O",
-    "out_factor": "O I",
+    "out_factor": "O H",
 }
 
 
@@ -334,7 +336,7 @@ class Case:
             tensors = {
                 name: self._argument(name, shape, level, device) for name, shape in self.operator.tensors.items()
             }
-            self.operator.launcher(**tensors, **options)
+            self.operator.launcher(*tensors.values(), **options)
 
     def _argument(self, name: str, shape: Shape | None, level: int, device: str) -> Tensor | list[Tensor] | None:
         if shape is None:

@@ -86,11 +86,30 @@ def _core_gradient(block_t: int, block_k: int, block_r: int, num_warps: int, num
     return Config({"BLOCK_T": block_t, "BLOCK_K": block_k, "BLOCK_R": block_r}, num_warps, num_stages)
 
 
-def core_gradient_config(device: torch.device, dtype: torch.dtype, wide: bool) -> Config:
-    """For the sum over tokens, one tile of one matrix of the core; `wide` as above."""
-    if architecture(device) == "interpreter":
-        return _core_gradient(16, 16, 16, 1, 1)
-    stages = 2 if architecture(device) == "gfx942" else 3
-    if wide and dtype != torch.float32:
-        return _core_gradient(64, 128, 64, 8, stages)
-    return _core_gradient(32, 64, 64, 8, stages)
+CORE_GRADIENT_INTERPRETER = _core_gradient(16, 16, 16, 1, 1)
+CORE_GRADIENT = {
+    "interpreter": CORE_GRADIENT_INTERPRETER,
+    **dict.fromkeys(("sm_80", "sm_90"), _core_gradient(64, 128, 64, 8, 3)),
+    "sm_100": _core_gradient(32, 128, 64, 8, 4),
+    "gfx942": _core_gradient(64, 128, 64, 8, 2),
+}
+# Every level's v takes registers and instructions for each token of a tile. On sm_90 four levels take 132 registers for
+# 64 tokens, and so one block of eight warps is resident, and 86 for 32 tokens. Those are 30 % more instructions, and
+# twice as many warps to issue them. On gfx942, where 64 tokens spill, it is 175 and 81.
+CORE_GRADIENT_LEVELS = {
+    **CORE_GRADIENT,
+    "sm_90": _core_gradient(32, 128, 64, 8, 4),
+    "gfx942": _core_gradient(32, 128, 64, 8, 2),
+}
+# For float32, and for sizes that allow no wide loads.
+CORE_GRADIENT_SMALL = {
+    "interpreter": CORE_GRADIENT_INTERPRETER,
+    **dict.fromkeys(GPUS, _core_gradient(32, 64, 64, 8, 3)),
+    "gfx942": _core_gradient(32, 64, 64, 8, 2),
+}
+
+
+def core_gradient_config(device: torch.device, dtype: torch.dtype, wide: bool, levels: int) -> Config:
+    """For the sum over tokens, one tile of one matrix of the core, of so many levels; `wide` as above."""
+    table = CORE_GRADIENT_LEVELS if levels > 1 else CORE_GRADIENT
+    return (table if wide and dtype != torch.float32 else CORE_GRADIENT_SMALL)[architecture(device)]

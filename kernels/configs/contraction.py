@@ -186,7 +186,10 @@ def tr_backward_config(
 # where operations are dearer beside bytes (sm_80, gfx942). The ring's tile of 64 × 32 asks L2 for a byte every 21
 # operations, which is e = 0.15: K = 64. Exact float32 dots have no tensor cores in Triton.
 # Through an activation the vendor moves 2 K s bytes more, but the kernel activates again in each of R / 128 blocks of
-# ranks, with 2 special functions an element of which 3.6e12 a second are done: a gain from K = 500 on for two blocks.
+# ranks: 38 instructions an element (GELU on sm_90, the loop's own few included), of which a multiprocessor issues 128 a
+# cycle and an H200 2.9e13 a second. So a block takes 1.3 ps an element, as long as the GEMM with 500 ranks; a pass over
+# all of act(z) takes 1.4 ps, longer than its bytes: a gain from two blocks on. MxD's decoder contracts likewise, but
+# its product goes to memory either way.
 # Few tokens are one launch's latency whatever K is, and another launch is 1.5 to 5 µs. But a tile of tensor cores
 # activates 16 rows however few are tokens, a warp all of its K: 20 µs at K = 3,072, where one token's tile takes 1.
 

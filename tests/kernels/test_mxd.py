@@ -179,7 +179,7 @@ def test_experts(k: int, dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
-def test_activations(activation: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_activations(activation: str, dtype: torch.dtype, contractor: str, device: torch.device) -> None:
     check(mxd_problem(5, 35, 18, 7, 3, activation=activation, dtype=dtype, device=device))
 
 
@@ -191,7 +191,7 @@ def test_one_under_at_and_over_a_block(letter: str, size: int, device: torch.dev
 
 
 @pytest.mark.parametrize("T", [0, 1])
-def test_no_token_and_one(T: int, device: torch.device) -> None:
+def test_no_token_and_one(T: int, contractor: str, device: torch.device) -> None:
     check(mxd_problem(T, 12, 18, 6, 3, activation="gelu", device=device))
 
 
@@ -222,7 +222,7 @@ def strided(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [transposed, strided])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_any_strides(layout: object, activation: str, device: torch.device) -> None:
+def test_any_strides(layout: object, activation: str, contractor: str, device: torch.device) -> None:
     problem = mxd_problem(5, 18, 17, 6, 3, activation=activation, device=device).map(layout)  # type: ignore[arg-type]
     problem = replace(problem, indices=transposed(problem.indices))
     assert not problem.dy.is_contiguous()
@@ -292,13 +292,30 @@ def test_twice_gives_the_same_bits_and_changes_no_argument(device: torch.device)
     assert all(torch.equal(x, y) for x, y in zip(copy, (*gate.inputs.values(), gate.dvalues), strict=True))
 
 
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "activation", "first"),
+    [
+        (1, 3072, "gelu", "_decoder_kernel"),
+        (2, 511, "gelu", "_decoder_kernel"),
+        (2, 512, "gelu", "_activation_backward_kernel"),
+        (2, 512, "none", "_gather_sum_kernel"),
+        (1, 511, "none", "_gather_sum_kernel"),
+    ],
+)
+def test_the_vendor_decodes_all_but_one_token_and_short_rows(T: int, H: int, activation: str, first: str) -> None:
+    support, factors = (meta(T, 4), meta(T, 4, dtype=torch.int64)), (meta(9, 768), meta(768, H))
+    with record_launches("sm_90") as launches:
+        mxd_forward(meta(T, H), *support, *factors, activation=activation, save=True)
+    assert launches[0].kernel.fn.__name__ == first
+
+
 def test_launches_of_a_gpt2_sized_block_on_sm_90() -> None:
     """What the static check compiles: 21,500 experts, and a program for each token or expert and 256 columns."""
     T, I, H, N, k = 1000, 768, 3072, 21_500, 32
-
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, device="meta", dtype=dtype)
-
     z, weight, factors = meta(T, I), meta(N, I, dtype=torch.float32), (meta(N, I), meta(I, H))
     with record_launches("sm_90") as launches:
         values, indices = topk_gate_forward(z, weight, meta(N), k)
@@ -306,7 +323,7 @@ def test_launches_of_a_gpt2_sized_block_on_sm_90() -> None:
         gradients = mxd_backward(y, A, B, meta(T, H), values, indices, *factors, activation="gelu", needs=MxDNeeds())
         gate_gradients = topk_gate_backward(gradients[1], values, indices, z, weight)
     assert [(launch.kernel.fn.__name__, launch.grid) for launch in launches] == [
-        ("_decoder_kernel", (16 * 12,)),
+        ("_activation_backward_kernel", (250 * 6,)),  # act(z) for the vendor's GEMM
         ("_gather_sum_kernel", (T, 3)),
         ("_product_backward_kernel", (250 * 2,)),
         ("_gather_dot_kernel", (T, 2)),
