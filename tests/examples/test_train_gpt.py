@@ -135,11 +135,15 @@ def test_a_run_without_checkpoints_is_no_model(tmp_path: Path) -> None:
     [
         (["--experts", "0"], "num_experts"),
         (["--batch", "3", "--accumulate", "2"], "batch: expected a multiple of 2"),
-        (["--context", "50000"], "text: expected more than 500010 tokens"),
+        (["--text", "short", "--context", "50"], "text: expected more than 510 tokens"),
         (["--tensor-parallel", "2"], "tensor_parallel: expected a divisor of the 1 processes"),
     ],
 )
-def test_bad_options_are_named(arguments: list[str], message: str) -> None:
+def test_bad_options_are_named(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short").write_text("x" * 500)
     code, printed = run(*SMALL, *arguments)
     assert code == 2
     assert message in printed
