@@ -77,10 +77,13 @@ def export_layer(layer: Layer) -> dict[str, Tensor]:
     """The layer's state_dict as the paper authors' code names and lays it out; copies. `import_layers` reverses it.
 
     Raises:
+        TypeError: it is not a layer of ours.
         ValueError: their code has no such layer: neither CP nor a tensor ring or train, a gate without a norm or with
             a learned α, an MLP whose activation is not "gelu".
     """
     inner = layer.layer if isinstance(layer, InputNorm) else layer
+    if not isinstance(inner, MuMoE | MuMoEMLP):
+        raise TypeError(f"layer: expected a MuMoE, a MuMoEMLP or one in an InputNorm, got {type(inner).__name__}")
     gate = inner.gate
     if gate.norm == "none" or gate.raw_alpha is not None:
         raise ValueError("layer: expected a gate with norm 'layer' or 'batch' and a fixed alpha, as the authors' have")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mumoe_fast import _pretrained
 from mumoe_fast import _validation as check
@@ -68,9 +69,9 @@ def convert(
     An MLP is found by what it computes, whatever its class: ``linear(act(linear(x)))`` of two `nn.Linear` or GPT-2
     `Conv1D` children, such as Hugging Face's `GPT2MLP`, timm's `Mlp` and `nn.Sequential(Linear, GELU, Linear)`. Left
     alone and named in the result are gated MLPs, tied parameters, quantised, subclassed, wrapped (LoRA) and
-    parametrised linears, layers with hooks, dropout before the second linear layer and activations other than gelu,
-    gelu_tanh (gelu_new), relu and silu. Everything is planned and built before the first layer is swapped: an error
-    leaves the model as it was.
+    parametrised linears, layers with hooks, layers that torch.compile was given by themselves, dropout before the
+    second linear layer and activations other than gelu, gelu_tanh (gelu_new), relu and silu. Everything is planned and
+    built before the first layer is swapped: an error leaves the model as it was.
 
     A model of `transformers` notes the conversion in its config, which becomes its own, and where
     `mumoe_fast.huggingface` is imported `from_pretrained` repeats it.
@@ -98,11 +99,12 @@ def convert(
         TypeError, ValueError: an argument is not as above, by name; a name in `layers` is not in the model or cannot be
             replaced; no rank fits the parameters of a layer.
     """
+    _check_model(model)
     check.one_of("factorization", factorization, counts.FACTORIZATIONS)
     check.one_of("norm", norm, check.NORMS)
     check.alpha(alpha)
     check.impl(impl)
-    recipe = Recipe(check.levels(num_experts), factorization, rank, norm, alpha, impl)
+    recipe = Recipe(check.levels(num_experts), factorization, rank, norm, float(alpha), impl)
     plan, left_alone = _plan(model, layers, factory)
     built = [_build(step, recipe, factory, dry_run) for step in plan]
     replaced = tuple(_report(step, new) for step, new in zip(plan, built, strict=True))
@@ -118,6 +120,14 @@ def convert(
     if not dry_run:
         _pretrained.record(model, conversion)
     return conversion
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(f"model: expected parameters with shapes, got lazy ones; run it once first: {', '.join(lazy)}")
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,8 @@ def _selection(model: nn.Module, layers: Layers) -> Predicate | None:
     if callable(layers):
         return layers
     if not isinstance(layers, str):
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"layers: expected 'mlp', 'head', names or a predicate, got {type(layers).__name__}")
         wanted = set(layers)
         unknown = sorted(wanted - {name for name, _ in model.named_modules(remove_duplicate=False)})
         if unknown:
@@ -191,6 +203,8 @@ def _check_replaceable(name: str, module: nn.Module, names: Mapping[int, list[st
     """ObstacleError where the module holds what others hold too, or is held by none."""
     if not name:
         raise ObstacleError("it is the model itself, which no module holds: replace it where it is made")
+    if name.rpartition(".")[2] == "_orig_mod":
+        raise ObstacleError("it is inside of torch.compile, which would go on to call it: compile after converting")
     for own, parameter in module.named_parameters():
         elsewhere = [other for other in names[id(parameter)] if not other.startswith(f"{name}.")]
         if elsewhere:

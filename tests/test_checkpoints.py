@@ -200,3 +200,8 @@ def test_entries_that_do_not_make_a_layer_are_named(state: State, message: str) 
 def test_what_the_authors_code_does_not_have_is_not_exported(layer: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         export_layer(layer)
+
+
+def test_a_layer_of_others_is_named_and_not_exported() -> None:
+    with pytest.raises(TypeError, match=r"layer: expected a MuMoE, .* got Linear"):
+        export_layer(nn.Linear(I, O))  # type: ignore[arg-type]

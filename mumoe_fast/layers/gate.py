@@ -115,7 +115,7 @@ class ExpertGate(nn.Module):
             if k > min(self.num_experts):
                 raise ValueError(f"k: expected at most {min(self.num_experts)}, the experts of a level, got {k}")
         self.activation, self.k = activation, k
-        self.norm, self.alpha, self.eps, self.impl = norm, alpha, eps, impl
+        self.norm, self.alpha, self.eps, self.impl = norm, float(alpha), eps, impl
         self.process_group = process_group
         self.weights = nn.ParameterList(
             torch.empty(N, in_features, device=device, dtype=dtype) for N in self.num_experts

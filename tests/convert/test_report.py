@@ -63,6 +63,13 @@ def test_a_conversion_goes_through_json_and_is_repeated(factorization: str, give
     torch.testing.assert_close(numbers(again), numbers(model))
 
 
+def test_numbers_of_numpy_go_through_json_too() -> None:
+    numpy = pytest.importorskip("numpy")
+    settings = {"num_experts": numpy.array([3, 2]), "rank": numpy.int64(4), "alpha": numpy.float32(1.25)}
+    written = json.loads(json.dumps(convert(Mixer(), **settings).to_dict()))
+    assert (written["num_experts"], written["rank"], written["alpha"]) == ([3, 2], 4, 1.25)
+
+
 def test_the_ranks_that_were_matched_are_written_down() -> None:
     mixer = convert(Mixer(), num_experts=3, dry_run=True)
     ranks = {layer.name: layer.rank[0] for layer in mixer.replaced}

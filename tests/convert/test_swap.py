@@ -144,6 +144,19 @@ def test_bad_arguments_are_named_and_change_nothing(arguments: dict[str, Any], m
     assert [*map(id, model.modules())] == [*map(id, modules)]
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "error", "message"),
+    [
+        ({"mlp": 1}, "mlp", TypeError, "model: expected an nn.Module, got dict"),
+        (holding(nn.LazyLinear(4)), "mlp", ValueError, r"model: expected parameters with shapes.*: block\.weight"),
+        (Mixer(), None, TypeError, "layers: expected 'mlp', 'head', names or a predicate, got NoneType"),
+    ],
+)
+def test_what_is_no_model_and_no_layers_is_named(model: Any, layers: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        convert(model, layers=layers, num_experts=4)
+
+
 def test_a_converted_model_trains() -> None:
     model = Mixer().double()
     convert(model, num_experts=3)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 from mumoe_fast import MuMoE, MuMoEMLP, convert, rank
 from mumoe_fast.convert import LeftAlone
-from tests.convert.models import Functional, Gated, GPT2Block, TimmMlp, holding, left, relu_mlp, silu_mlp
+from tests.convert.models import Functional, Gated, GPT2Block, Mixer, TimmMlp, holding, left, relu_mlp, silu_mlp
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,23 @@ def test_a_probed_block_is_not_touched() -> None:
     assert not block.act.training
     assert not block.drop1.training
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("make", [TimmMlp, lambda: nn.Linear(8, 10)])
+def test_torch_compile_would_go_on_to_call_what_it_was_given(make: Callable[[], nn.Module]) -> None:
+    """Its wrapper keeps the forward of the module, not the module's name."""
+    inside = make()
+    model = holding(torch.compile(inside, backend="eager"))
+    with pytest.warns(UserWarning, match=r"block\._orig_mod: it is inside of torch\.compile"):
+        convert(model, layers="mlp" if isinstance(inside, TimmMlp) else "head", num_experts=2, rank=2)
+    assert model.get_submodule("block._orig_mod") is inside
+    mixer = Mixer()
+    whole = torch.compile(mixer, backend="eager")
+    x = torch.randn(2, 6, 8)
+    before = whole.eval()(x)
+    assert len(convert(whole, num_experts=3).replaced) == 2
+    torch.testing.assert_close(whole(x), mixer(x))
+    assert not torch.allclose(whole(x), before)
 
 
 @pytest.mark.parametrize("shared", ["parameter", "module"])
