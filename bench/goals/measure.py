@@ -118,7 +118,7 @@ def measure(
             sides |= {goal.peer: workload.peers[goal.peer] for goal in goals if goal.peer != workload.impl}
             try:
                 taken, missing = _taken(workload, direction, sides, device, gemm, repeats, seconds)
-            except RuntimeError as error:
+            except Exception as error:  # likewise
                 yield Outcome(
                     workload, direction, gemm, goals, {}, verdicts, refused=f"cannot run: {_first_line(error)}"
                 )
@@ -133,8 +133,8 @@ def check(workload: Workload, device: torch.device = CPU) -> tuple[tuple[Verdict
     dy = upstream(exact, x) if backward else None
     try:
         ours = results(build(workload.ours, dtype, device), x, dy)
-    except (RuntimeError, ImportError) as error:
-        return (), f"cannot run: {error}"
+    except Exception as error:  # of the compiler, of the driver or of ours: a finding, and other workloads go on
+        return (), f"cannot run: {_first_line(error)}"
     eager = results(exact, x, dy)
     exact, x, dy = exact.double(), x.double(), None if dy is None else dy.double()
     by_truth, magnitude = truth(exact, x, dy)
@@ -205,7 +205,7 @@ def _of_each(
     for name, side in sides.items():
         try:
             found[name] = result(side)
-        except (ImportError, RuntimeError) as error:
+        except Exception as error:  # a peer may fail in any way
             if name == workload.impl:
                 raise
             missing[name] = _first_line(error)

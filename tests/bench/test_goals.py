@@ -321,6 +321,24 @@ def test_what_fails_while_it_is_measured_ends_no_table(monkeypatch: pytest.Monke
     assert outcome.refused == "cannot be checked: no memory"
 
 
+def test_whatever_a_compiler_raises_ends_no_table() -> None:
+    """Triton's errors are of no class that torch knows."""
+
+    class OutOfResourcesError(Exception):
+        pass
+
+    def ours() -> nn.Module:
+        raise OutOfResourcesError("shared memory")
+
+    goals = {FORWARD: TINY.goals[FORWARD]}
+    (outcome,) = measure(replace(TINY, ours=ours, goals=goals), repeats=1, seconds=1)
+    assert outcome.refused == "cannot run: shared memory"
+    (outcome,) = measure(replace(TINY, peers={**TINY.peers, "dense": ours}, goals=goals), repeats=1, seconds=1)
+    assert outcome.refused is None
+    assert outcome.missing is not None
+    assert outcome.missing["dense"] == "shared memory"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpus_table_needs_a_gpu() -> None:
     app = typer.Typer()

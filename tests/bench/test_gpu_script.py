@@ -27,6 +27,8 @@ echo "done"
 SANITIZER = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 echo "========= Invalid read at ${FOUND:-void at::native::vectorized_elementwise_kernel}+0x10 in it.py:3"
+[[ -n ${BREAKS:-} && "$*" == *"$BREAKS"* ]] && exit 9
+exit 0
 """
 
 
@@ -66,10 +68,11 @@ def test_all_stages_run_in_order_and_pass(machine: Path) -> None:
     assert status == 0
     assert outcomes(printed) == dict.fromkeys(STAGES, "passed")
     assert list(outcomes(printed)) == STAGES
-    wanted = ["pip install", "tests/kernels tests/ops", "verify --quick", "tests/gpu", "memcheck", "racecheck"]
-    wanted += ["initcheck", "gpu --json", "bench --device cuda"]
+    wanted = ["pip install", "tests/kernels tests/ops", "verify --quick", "tests/gpu", "every_kernel ahead", "--tool"]
+    wanted += ["gpu --json", "bench --device cuda"]
     places = [calls.index(call) for call in wanted]
     assert places == sorted(places)
+    assert set(re.findall(r"--tool (\w+)", calls)) == {"memcheck", "racecheck", "initcheck"}
     assert {path.name for path in (machine / "out").iterdir()} == {*(f"{s}.log" for s in STAGES), "summary.txt"}
     assert (machine / "out" / "summary.txt").read_text().strip() in printed
 
@@ -101,6 +104,11 @@ def test_only_what_a_sanitizer_finds_in_our_kernels_fails(machine: Path) -> None
     status, printed, _ = run(machine, "sanitize", FOUND="_cp_forward_kernel")
     assert status == 1
     assert "racecheck: errors in our kernels" in printed
+    status, printed, _ = run(machine, "sanitize", FOUND="void at::native::_scatter_gather_elementwise_kernel")
+    assert status == 0, printed
+    status, printed, _ = run(machine, "sanitize", BREAKS="racecheck")
+    assert status == 1
+    assert "racecheck: ended with 9" in printed
 
 
 def test_wheels_are_installed_first(machine: Path) -> None:

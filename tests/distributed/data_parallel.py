@@ -35,7 +35,7 @@ def train(model: nn.Module, x: Tensor, target: Tensor, steps: int = 3) -> list[T
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for _ in range(steps):
-        loss = nn.functional.mse_loss(model(x), target)
+        loss = nn.functional.mse_loss(model(x).to(target.dtype), target)  # PyTorch 2.11 mixes no dtypes there
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
