@@ -91,6 +91,10 @@ Tensor cp_layer(
     Tensor z, std::vector<Tensor> gate_weights, std::vector<Tensor> expert_factors, Tensor in_factor,
     std::optional<Tensor> in_bias, Tensor out_factor, std::string norm, double alpha, double eps) {
   STD_TORCH_CHECK(norm == "layer" || norm == "none", "cp_layer: expected norm layer or none, got ", norm);
+  STD_TORCH_CHECK(
+      !gate_weights.empty() && gate_weights.size() == expert_factors.size(),
+      "cp_layer: expected one gate weight and one expert factor for every level, got ", gate_weights.size(), " and ",
+      expert_factors.size());
   std::optional<Tensor> y = with_element(z, [&](auto element) -> std::optional<Tensor> {
     using S = decltype(element);
     if (z.size(0) > kTokensInOneCall<S> || !all_of_dtype(gate_weights, dtype_of<S>)) return std::nullopt;

@@ -22,6 +22,7 @@ from mumoe_fast.layers.tucker import TuckerExperts
 EXPERTS: dict[str, type[Experts]] = {
     layer.factorization: layer for layer in (CPExperts, TRExperts, TTExperts, TuckerExperts, FullExperts)
 }
+_EVERY_MODULES_HOOKS = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
 _IN_ONE_CALL = (CPExperts, TRExperts, TTExperts, TuckerExperts)
 
 
@@ -148,6 +149,7 @@ def _in_one_call(gate: ExpertGate, experts: Experts) -> bool:
         and gate.norm != "batch"
         and gate.raw_alpha is None
         and gate.impl == experts.impl
+        and not (_EVERY_MODULES_HOOKS[0] or _EVERY_MODULES_HOOKS[1])
         and not (gate._forward_hooks or gate._forward_pre_hooks)
         and not (experts._forward_hooks or experts._forward_pre_hooks)
         and not ("forward" in gate.__dict__ or "forward" in experts.__dict__)  # replaced on the instance

@@ -160,6 +160,17 @@ def test_whatever_is_asked_of_the_parts_is_done(
     torch.testing.assert_close(layer(x), layer.experts(x, layer.gate(x)))
 
 
+@torch.no_grad()
+def test_who_looks_at_all_modules_sees_the_parts(device: torch.device) -> None:
+    layer, seen = make("triton", device).eval(), list[nn.Module]()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    try:
+        layer(torch.randn(2, 8, device=device))
+    finally:
+        hook.remove()
+    assert seen == [layer.gate, layer.experts, layer]
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 17])
 def test_few_tokens_are_counted_as_many_are_and_need_no_memory_to_be_shaped(tokens: int) -> None:
     layer = make("native", torch.device("cpu"), (6, 3))

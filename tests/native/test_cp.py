@@ -181,6 +181,14 @@ def test_layer_in_one_call(T: int, N: tuple[int, ...], dtype: torch.dtype) -> No
     replace(expected, truth={"y": exact}).accept({"y": y})
 
 
+@pytest.mark.parametrize("levels", [0, 2])
+def test_layer_in_one_call_refuses_levels_that_do_not_pair(levels: int) -> None:
+    problem = cp_problem(2, 8, 5, (6,), 3)
+    gates, factors = [torch.randn(6, 8)] * levels, list(problem.expert_factors)[:levels]
+    with pytest.raises(RuntimeError, match=f"for every level, got {len(gates)} and {len(factors)}"):
+        native.cp_layer(problem.z, gates, factors, problem.in_factor, None, problem.out_factor, **LAYER)
+
+
 DETERMINISM = """
 import torch
 from mumoe_fast.ops._native_library import available
