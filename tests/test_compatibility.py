@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -292,12 +293,12 @@ def test_a_training_step_is_captured_in_a_cuda_graph(name: str) -> None:
     layer = build(name, "triton")
     x, dy = (torch.randn(64, 12, device="cuda") for _ in range(2))
     x.requires_grad_()
-    graphed = torch.cuda.make_graphed_callables(layer, (x,))
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(layer), (x,))  # which changes the module it is given
     for _ in range(2):
         tokens = torch.randn_like(x).requires_grad_()
         results = []
         for forward in (layer, graphed):
             y = forward(tokens)
-            results.append([y.detach().clone(), *torch.autograd.grad(y, [tokens, *layer.parameters()], dy)])
+            results.append([y.detach().clone(), *torch.autograd.grad(y, [tokens, *forward.parameters()], dy)])
         for eager, replayed in zip(*results, strict=True):
             torch.testing.assert_close(replayed, eager)

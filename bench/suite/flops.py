@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -43,10 +44,11 @@ class Need:
 
 @cache
 def count(workload: Workload, implementation: Implementation, direction: str) -> Flops:
-    """Operations of one call by formula, by torch's counter and by fvcore's, and why where the three differ."""
+    """Operations of one call by formula, by torch's counter and by fvcore's, if there is one, and why they differ."""
     formula = 2 * implementation.flops(workload) * (1 if direction == FORWARD else 3)
     by_torch = _at_all_tokens(workload, implementation, partial(_by_torch, direction=direction))
-    by_fvcore = _at_all_tokens(workload, implementation, _by_fvcore) if direction == FORWARD else None
+    traced = direction == FORWARD and find_spec("fvcore") is not None
+    by_fvcore = _at_all_tokens(workload, implementation, _by_fvcore) if traced else None
     return Flops(
         formula, by_torch, by_fvcore, explain(workload, implementation, direction, formula, by_torch, by_fvcore)
     )

@@ -133,7 +133,7 @@ class Contest:
             sides = {case.implementation.name: case.implementation for case in cases if case.direction == direction}
             rows = self._timed(rows, modules, direction)
             for name, row in rows.items():
-                yield row if row.refused is not None else self._weighed(row, sides[name])
+                yield row if row.refused is not None else self._weighed_if_possible(row, sides[name])
 
     def _admit(
         self, side: Implementation, direction: str, distrusted: Mapping[str, str], known: Answer | None
@@ -188,6 +188,12 @@ class Contest:
                 except RuntimeError:  # it waits for the device: it has no replay, which is what the record will say
                     torch.cuda.synchronize(self.device)
         return replays
+
+    def _weighed_if_possible(self, row: Record, side: Implementation) -> Record:
+        try:
+            return self._weighed(row, side)
+        except Exception as error:  # counts are made in float32 on few tokens, which some side may not take
+            return replace(row, refused=cannot_run(error))
 
     def _weighed(self, row: Record, side: Implementation) -> Record:
         """The row with everything that is not a latency."""

@@ -1,5 +1,6 @@
 """Three counts of FLOPs agree, or their difference is taken apart; the floor is what it says it is."""
 
+import sys
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -50,6 +51,14 @@ def test_a_count_at_many_tokens_is_exact() -> None:
     assert count(many, implementation, FORWARD).torch == flops._by_torch(
         implementation.make(many), many.input(torch.float32), FORWARD
     )
+
+
+def test_without_fvcore_there_are_two_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fvcore.nn", None)  # importing it raises
+    monkeypatch.setattr(flops, "find_spec", lambda name: None)
+    found = count.__wrapped__(LAYER, BY_NAME[DENSE], FORWARD)
+    assert found.fvcore is None
+    assert found.formula == found.torch == 2 * 33 * 32 * 24
 
 
 def test_a_difference_without_a_reason_is_said_to_have_none() -> None:
