@@ -324,5 +324,7 @@ def test_the_kernels_keep_the_rules_on_sm_90_in_bfloat16(tmp_path: Path) -> None
         *("--quick", "--excess", str(tmp_path / "excess.json")),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    # What predictions are made of is what was counted: `bench static --quick --excess bench/static/excess.json`.
-    assert (tmp_path / "excess.json").read_text() == EXCESS.read_text()
+    # What predictions are made of is what was counted: `bench static --quick --excess bench/static/excess.json`. MxD's
+    # depends on which experts the drawn tokens choose, and another PyTorch's products round to other choices.
+    counted, kept = (json.loads(path.read_text()) for path in (tmp_path / "excess.json", EXCESS))
+    assert counted == pytest.approx(kept, rel=0.005)
