@@ -188,9 +188,13 @@ def test_flops_are_the_formulas(levels: tuple[int, ...], device: torch.device) -
 @pytest.mark.parametrize("factorization", ["cp", "tr", "tucker"])
 def test_flops_of_one_call_are_the_formulas(factorization: str, levels: tuple[int, ...], device: torch.device) -> None:
     layer = MuMoE(I, O, levels, factorization=factorization, rank=3, bias=False, impl="triton").to(device)
+    gate, experts = layer.gate, layer.experts
+    shared = [experts._parameters[name] for name in experts.shared_parameters]
+    one_call = getattr(torch.ops.mumoe, f"{factorization}_layer")
+    tensors = torch.randn(T, I, device=device), list(gate.weights), list(getattr(experts, experts.level_parameters))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        layer(torch.randn(T, I, device=device))
-    assert list(counter.get_flop_counts()["Global"]) == [getattr(torch.ops.mumoe, f"{factorization}_layer")]
+        one_call(*tensors, *shared, gate.norm, gate.alpha, gate.eps, "triton")
+    assert list(counter.get_flop_counts()["Global"]) == [one_call]
     assert counter.get_total_flops() == 2 * T * rank.resolve((I, O), levels, factorization, 3, bias=False).flops
 
 
