@@ -100,6 +100,12 @@ _ONE_ROW_ON_GFX942 = (
     "resident blocks have"
 )
 
+_OF_THE_COMPILER = (
+    (Exemption("residents", "_core_gradient_kernel", _BEFORE_TRITON_3_9, architectures=("sm_90",)),)
+    if _TRITON < (3, 9)
+    else ()
+)
+
 EXEMPTIONS = (
     *(
         Exemption("residents", f"_{kernel}_kernel", reason)
@@ -116,10 +122,7 @@ EXEMPTIONS = (
         architectures=("sm_100",),
         cases=("tucker_backward: Tucker, four levels",),
     ),
-    *(
-        Exemption("residents", "_core_gradient_kernel", _BEFORE_TRITON_3_9, architectures=("sm_90",))
-        for _ in range(_TRITON < (3, 9))
-    ),
+    *_OF_THE_COMPILER,
     Exemption("residents", "_rows_kernel", _ONE_ROW_ON_GFX942, architectures=("gfx942",)),
     Exemption("residents", "_rows_backward_kernel", _ONE_ROW_BACK, architectures=("sm_80", "sm_90", "sm_100")),
     *(
