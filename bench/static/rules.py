@@ -100,7 +100,7 @@ _ONE_ROW_ON_GFX942 = (
     "resident blocks have"
 )
 
-_OF_THE_COMPILER = (
+_OF_THE_COMPILER: tuple[Exemption, ...] = (
     (Exemption("residents", "_core_gradient_kernel", _BEFORE_TRITON_3_9, architectures=("sm_90",)),)
     if _TRITON < (3, 9)
     else ()
