@@ -230,7 +230,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> gate_hierarchy_back
     auto [dz_level, dweight, dbias] =
         gate_backward(da[e], a[e], z, weights[e], bias_of(biases, e), norm, alpha, eps, needs);
     if (needs[0] && e > 0) {
-      with_element(z, [&](auto element) { add_to<decltype(element)>(dz, dz_level); });
+      with_element(z, [&, &more = dz_level](auto element) { add_to<decltype(element)>(dz, more); });
     } else {
       dz = dz_level;
     }
