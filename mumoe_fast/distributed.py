@@ -35,10 +35,11 @@ def parallelize(module: M, mesh: DeviceMesh, *, data_group: dist.ProcessGroup | 
     """Shard every expert layer in `module` over its rank, in place.
 
     Each process of the mesh keeps R/p columns of the expert, input and output factors; of a tensor ring the columns of
-    its last rank R_{E+2}, and all of its small expert cores. An uneven rank leaves the last processes with less. The
-    parameters become DTensors under the names that they had, so that optimisers, `fully_shard` over another dimension
-    of the mesh and `torch.distributed.checkpoint` know what is where, and a checkpoint loads on any number of
-    processes. All else stays replicated, in plain tensors. The values are those of the mesh's first process.
+    its last rank R_{E+2}, and all of its small expert cores. An uneven rank leaves the last processes with less (and
+    PyTorch 2.11 gathers its gradients whole, with one all-gather for each parameter). The parameters become DTensors
+    under the names that they had, so that optimisers, `fully_shard` over another dimension of the mesh and
+    `torch.distributed.checkpoint` know what is where, and a checkpoint loads on any number of processes. All else stays
+    replicated, in plain tensors. The values are those of the mesh's first process.
 
     Collectives for one expert layer (two in an MLP): forward one all-reduce of y (T×O); backward one of dz (T×I), one
     of da (T×N_e) for each level, and for a tensor ring one of each expert core's gradient.

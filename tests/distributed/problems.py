@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from mumoe_fast import MuMoE, MuMoEMLP
 
-RANKS = {"cp": {1: 7, 2: 7}, "tr": {1: (3, 2, 7), 2: (3, 2, 4, 7)}, "tt": {1: (1, 2, 7), 2: (1, 2, 4, 7)}}
+RING = {1: (2,), 2: (2, 4)}  # the inner ranks by the number of levels
 I, H, T = 10, 12, 6
 
 
@@ -26,6 +26,12 @@ class Case:
     impl: str = "reference"
     norm: str = "layer"
     bias: bool = True
+    columns: int = 7  # the rank that is sharded: not divisible
+
+    @property
+    def rank(self) -> int | tuple[int, ...]:
+        first = {"tr": 3, "tt": 1}.get(self.factorization)
+        return self.columns if first is None else (first, *RING[len(self.levels)], self.columns)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,7 +41,7 @@ class Case:
         torch.manual_seed(seed)
         options = {
             "factorization": self.factorization,
-            "rank": RANKS[self.factorization][len(self.levels)],
+            "rank": self.rank,
             "impl": self.impl,
             "norm": self.norm,
             "bias": self.bias,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import implicit_replication
 
@@ -66,7 +67,7 @@ def parameters_are_divided(_: Path) -> None:
 def collectives_are_those_promised(_: Path) -> None:
     mesh = all_processes()
     for factorization, levels, mlp in product(("cp", "tr"), ((5,), (5, 3)), (False, True)):
-        case = Case(mlp, factorization, levels)
+        case = Case(mlp, factorization, levels, columns=8)
         layer, layers, E = parallelize(case.build(), mesh), 1 + mlp, len(levels)
         x = case.tokens().requires_grad_()
         with CommDebugMode() as forward:
@@ -75,6 +76,8 @@ def collectives_are_those_promised(_: Path) -> None:
         with CommDebugMode() as backward:
             y.backward(case.upstream())
         assert backward.get_total_counts() == layers * (1 + E + (E if factorization == "tr" else 0))
+        sharded = [p for p in layer.parameters() if isinstance(p, DTensor)]
+        assert [p.grad.placements for p in sharded] == [p.placements for p in sharded]
         with CommDebugMode() as frozen:
             layer.requires_grad_(False)(case.tokens()).square()
         assert frozen.get_total_counts() == layers
