@@ -57,6 +57,12 @@ def alpha(value: object) -> None:
         raise ValueError(f"alpha: expected a number in [1, 2], got {value!r}")
 
 
+def eps(value: object) -> None:
+    """ValueError unless it is a positive number."""
+    if not isinstance(value, Real) or not value > 0:
+        raise ValueError(f"eps: expected a positive number, got {value!r}")
+
+
 def one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
     """ValueError unless the value is one of those named."""
     if value not in allowed:

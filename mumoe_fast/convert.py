@@ -125,6 +125,12 @@ def convert(
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):  # whose reducer goes on to wait for the old ones
+            where = f"module {name!r}" if name else "it"
+            raise ValueError(
+                f"model: expected one that DistributedDataParallel will wrap later, but {where} is wrapped"
+            )
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(f"model: expected parameters with shapes, got lazy ones; run it once first: {', '.join(lazy)}")

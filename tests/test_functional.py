@@ -87,6 +87,7 @@ GATE_ERRORS = {
     "alpha above": ({"alpha": 2.5}, ValueError, r"alpha: expected a number in \[1, 2\], got 2.5"),
     "alpha NaN": ({"alpha": float("nan")}, ValueError, "alpha: expected"),
     "eps": ({"eps": 0.0}, ValueError, "eps: expected a positive number"),
+    "a text for eps": ({"eps": "1e-5"}, ValueError, "eps: expected a positive number, got '1e-5'"),
     "norm": ({"norm": "rms"}, ValueError, "norm: expected one of 'layer', 'none', got 'rms'"),
     "zero experts": ({"weight": torch.randn(0, I)}, ValueError, "weight: expected at least one expert"),
     "weight's shape": ({"weight": torch.randn(N)}, ValueError, r"weight: expected shape \(any, any\), got \(4,\)"),

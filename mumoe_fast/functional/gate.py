@@ -60,8 +60,7 @@ def _entmax(x: Tensor, alpha: float | Tensor, impl: str) -> Tensor:
 
 def _check_options(alpha: float | Tensor, eps: float) -> None:
     check.alpha(alpha)
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps!r}")
+    check.eps(eps)
 
 
 def _check_gate(z: Tensor, weight: Tensor, bias: Tensor | None, alpha: float | Tensor, eps: float) -> Tensor:

@@ -107,6 +107,7 @@ class ExpertGate(nn.Module):
         check.alpha(alpha)
         if learn_alpha and (not 1 < alpha < 2 or activation != "entmax"):
             raise ValueError(f"learn_alpha: expected entmax with alpha inside (1, 2), got {activation} with {alpha!r}")
+        check.eps(eps)
         check.impl(impl)
         self.in_features = in_features
         self.num_experts = check.levels(num_experts)

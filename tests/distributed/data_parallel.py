@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from distributed.problems import Case, all_processes, alone, assert_same, full, step
+from mumoe_fast import convert
 from mumoe_fast.ops.dispatch import NATIVE_READY
 
 CASES = [Case(True, "cp", norm="batch"), Case(True, "tr", (5, 3), norm="layer")]
@@ -51,6 +53,15 @@ def averaged(losses: list[Tensor]) -> Tensor:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("module."): full(x) for name, x in model.state_dict().items()}
+
+
+def ddp_is_not_converted(_: Path) -> None:
+    block = nn.Sequential(nn.Linear(10, 12), nn.GELU(), nn.Linear(12, 10))
+    wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(block))
+    for model, where in ((wrapped, "it"), (nn.Sequential(wrapped), "module '0'")):
+        with pytest.raises(ValueError, match=f"model: expected one that .* wrap later, but {where} is wrapped"):
+            convert(model, num_experts=4)
+    assert wrapped.module[0] is block
 
 
 def ddp_trains_as_one_process(_: Path) -> None:

@@ -27,6 +27,7 @@ TWO = [
     tensor_parallel.same_training_as_one_process,
     tensor_parallel.one_graph_when_compiled,
     tensor_parallel.bad_arguments_are_named_and_change_nothing,
+    data_parallel.ddp_is_not_converted,
     data_parallel.ddp_trains_as_one_process,
     data_parallel.batch_norm_over_processes_compiles_to_one_graph,
     data_parallel.fsdp_trains_as_one_process,
