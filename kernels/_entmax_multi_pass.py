@@ -163,14 +163,13 @@ def _rows_backward_multi_pass_kernel(
         beta = tl.load(beta)
     offs_t, columns = offsets(tl.program_id(0), BLOCK_T), tl.arange(0, BLOCK_N).to(tl.int64)
     mask_t = offs_t < T
-    zeros, tile = tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    weighted, weight = tile, tile  # added up after the loop: Triton 3.6 fails on softmax's if it is inside
+    zeros = tl.zeros((BLOCK_T,), tl.float32)
+    weighted, weight = zeros, zeros
     for n in range(0, N, BLOCK_N):
         offs_n = n + columns
         g = power_of_coefficients(load_tile(a, offs_t, offs_n, mask_t, offs_n < N), beta, FAMILY)
-        weighted += g * load_tile(da, offs_t, offs_n, mask_t, offs_n < N)
-        weight += g
-    weighted, weight = two_sums(weighted, weight)
+        in_chunk = two_sums(g * load_tile(da, offs_t, offs_n, mask_t, offs_n < N), g)
+        weighted, weight = weighted + in_chunk[0], weight + in_chunk[1]
     centre = weighted_mean(weighted, weight)
 
     mean, rstd, correlation = zeros, zeros, zeros

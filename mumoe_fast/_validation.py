@@ -59,7 +59,7 @@ def alpha(value: object) -> None:
 
 def eps(value: object) -> None:
     """ValueError unless it is a positive number."""
-    if not isinstance(value, Real) or not value > 0:
+    if not isinstance(value, Real) or not float(value) > 0:
         raise ValueError(f"eps: expected a positive number, got {value!r}")
 
 
