@@ -230,6 +230,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> gate_hierarchy_back
     auto [dz_level, dweight, dbias] =
         gate_backward(da[e], a[e], z, weights[e], bias_of(biases, e), norm, alpha, eps, needs);
     if (needs[0] && e > 0) {
+      // named anew: Clang before 16 captures no structured binding
       with_element(z, [&, &more = dz_level](auto element) { add_to<decltype(element)>(dz, more); });
     } else {
       dz = dz_level;

@@ -168,6 +168,7 @@ def _rows_backward_multi_pass_kernel(
     for n in range(0, N, BLOCK_N):
         offs_n = n + columns
         g = power_of_coefficients(load_tile(a, offs_t, offs_n, mask_t, offs_n < N), beta, FAMILY)
+        # One reduction of both, and here: softmax's two fail in Triton 3.6, and one after the loop kills LLVM in 3.9.
         in_chunk = two_sums(g * load_tile(da, offs_t, offs_n, mask_t, offs_n < N), g)
         weighted, weight = weighted + in_chunk[0], weight + in_chunk[1]
     centre = weighted_mean(weighted, weight)

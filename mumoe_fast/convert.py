@@ -77,7 +77,7 @@ def convert(
     `mumoe_fast.huggingface` is imported `from_pretrained` repeats it.
 
     Args:
-        model: changed in place, unless `dry_run`.
+        model: changed in place, unless `dry_run`. `DistributedDataParallel` wraps it afterwards.
         layers: "mlp", every MLP; "head", the last linear layer; names of MLPs or linear layers, as in
             `named_modules`; or a predicate of name and module, of which the outermost are taken.
         num_experts: N, or one N_e per hierarchy level.

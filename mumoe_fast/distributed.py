@@ -36,8 +36,8 @@ def parallelize(module: M, mesh: DeviceMesh, *, data_group: dist.ProcessGroup | 
 
     Each process of the mesh keeps R/p columns of the expert, input and output factors; of a tensor ring the columns of
     its last rank R_{E+2}, and all of its small expert cores. An uneven rank leaves the last processes with less (and
-    PyTorch 2.11 gathers its gradients whole, with one all-gather for each parameter). The parameters become DTensors
-    under the names that they had, so that optimisers, `fully_shard` over another dimension of the mesh and
+    PyTorch 2.11 gathers whole the gradients of what is not divided along its first dimension). The parameters become
+    DTensors under the names that they had, so that optimisers, `fully_shard` over another dimension of the mesh and
     `torch.distributed.checkpoint` know what is where, and a checkpoint loads on any number of processes. All else stays
     replicated, in plain tensors. The values are those of the mesh's first process.
 

@@ -30,6 +30,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+def pytest_unconfigure() -> None:
+    """What is never collected nanobind reports as leaked."""
+    gc.unfreeze()
+
+
 def _is_native(request: pytest.FixtureRequest) -> bool:
     callspec = getattr(request.node, "callspec", None)
     return callspec is not None and callspec.params.get("impl") == "native"

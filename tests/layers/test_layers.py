@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -266,3 +267,9 @@ def test_a_learned_alpha_starts_as_given_and_is_trained(impl: str, norm: str, de
 def test_a_learned_alpha_starts_inside_its_range(alpha: float) -> None:
     with pytest.raises(ValueError, match=r"learn_alpha: expected entmax with alpha inside \(1, 2\)"):
         ExpertGate(8, 5, alpha=alpha, learn_alpha=True)
+
+
+@pytest.mark.parametrize("eps", [0.0, float("nan"), "1e-5"])
+def test_a_bad_eps_is_named_when_the_gate_is_made(eps: Any) -> None:
+    with pytest.raises(ValueError, match="eps: expected a positive number, got"):
+        ExpertGate(8, 5, eps=eps)
