@@ -11,13 +11,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, and so before anything of ours is
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
+from mumoe_fast.kernels._common import INTERPRET
 from mumoe_fast.kernels._plans import forget_plans
 from mumoe_fast.kernels.configs import target_architecture
 from mumoe_fast.ops._native_library import available
+from mumoe_fast.testing.races import no_races
 from tests.layouts import GPU_TILES, SMALL_TILES
 
 torch.set_num_threads(1)  # the test processes share the cores
@@ -62,12 +65,16 @@ def native_kernels(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(params=(SMALL_TILES, GPU_TILES) if torch.cuda.is_available() else (SMALL_TILES,))
 def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The interpreter's tiles, whose every branch a few tokens reach; on a GPU then those that users' tensors get."""
+    """The interpreter's tiles, whose every branch a few tokens reach; on a GPU then those that users' tensors get.
+
+    Where kernels are interpreted no program may touch what another stores, or what is not its arguments'.
+    """
     if request.param != SMALL_TILES:
         yield
         return
+    checked = no_races() if INTERPRET.value else nullcontext()
     # Backward in this thread: the choice of tiles is this context's.
-    with target_architecture("interpreter"), torch.autograd.set_multithreading_enabled(False):
+    with checked, target_architecture("interpreter"), torch.autograd.set_multithreading_enabled(False):
         yield
 
 

@@ -1,14 +1,18 @@
-"""Ways to lay out tensors and where to put them, coefficients without zeros, and tiles, for tests of the kernels."""
+"""For tests of kernels: layouts and places of tensors, coefficients without zeros, tiles, and who contracts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from mumoe_fast.kernels.configs import Crossover, From, contraction
 from mumoe_fast.testing.problems_bilinear import BilinearProblem
 
 SMALL_TILES, GPU_TILES = "small tiles", "the GPU's tiles"
@@ -54,3 +58,14 @@ def dense_coefficients(problem: BilinearProblem) -> BilinearProblem:
         return ((a.float() + 1 / a.shape[-1]) / 2).to(a.dtype)
 
     return replace(problem, inputs={name: dense(x) if name[0] == "a" else x for name, x in problem.inputs.items()})
+
+
+@contextmanager
+def contracting(who: str) -> Iterator[None]:
+    """Every product of CP and the ring made by the "kernel", or by the "vendor" and read, or as the "table" says."""
+    always = From(1 if who == "vendor" else 2**62, 0)
+    tables = (contraction.CP_VENDOR, contraction.RING_VENDOR, contraction.VENDOR_FLOAT32) if who != "table" else ()
+    with ExitStack() as patches:
+        for table in tables:
+            patches.enter_context(patch.dict(table, dict.fromkeys(table, Crossover(always, always))))
+        yield

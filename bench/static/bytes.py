@@ -18,19 +18,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 import triton
-from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import override
 
 from mumoe_fast.bench.static.cases import cases
 from mumoe_fast.kernels.configs import target_architecture
+from mumoe_fast.testing.interpreter import Addresses, Observer, observed
+from mumoe_fast.testing.races import no_races
 
 ARCHITECTURE = "sm_90"
 
@@ -58,8 +59,8 @@ class Traffic:
 class _Access:
     """Addresses touched in one way (read or written), by element size."""
 
-    program: list[NDArray[np.uint64]] = field(default_factory=list)
-    launch: list[NDArray[np.uint64]] = field(default_factory=list)
+    program: list[Addresses] = field(default_factory=list)
+    launch: list[Addresses] = field(default_factory=list)
 
     def close_program(self) -> int:
         """Forget the program's repeats; returns how many distinct elements it touched."""
@@ -71,75 +72,48 @@ class _Access:
         return distinct.size
 
 
-class ByteCounter:
-    """Watches the interpreter; `launches` holds one `Traffic` per launch."""
+class ByteCounter(Observer):
+    """`launches` holds one `Traffic` per launch that it was told of."""
 
     def __init__(self) -> None:
         self.launches: list[Traffic] = []
         self._accesses: dict[tuple[str, int], _Access] = {}
 
-    def _touch(self, way: str, pointers: Any, mask: Any) -> None:
-        width = pointers.get_element_ty().primitive_bitwidth // 8
-        data, active = np.broadcast_arrays(pointers.data, mask.data)
-        addresses = data[active.astype(bool)].ravel()
-        self.launches[-1].requested += addresses.size * width
-        self._accesses.setdefault((way, width), _Access()).program.append(addresses)
+    @override
+    def launch_begins(self, kernel: str, tensors: Mapping[str, Tensor]) -> None:
+        self.launches.append(Traffic(kernel))
 
-    def _close_program(self) -> None:
-        for (_, width), access in self._accesses.items():
-            self.launches[-1].per_program += access.close_program() * width
-
-    def _close_launch(self) -> None:
+    @override
+    def launch_ends(self) -> None:
         self._close_program()
         for (_, width), access in self._accesses.items():
             if access.launch:
                 self.launches[-1].distinct += np.unique(np.concatenate(access.launch)).size * width
         self._accesses.clear()
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Count every interpreted launch inside."""
-        from triton.runtime import interpreter
+    @override
+    def program_begins(self, program: int) -> None:
+        self._close_program()
 
-        builder = interpreter.interpreter_builder
-        load, store, dot, enter = (
-            builder.create_masked_load,
-            builder.create_masked_store,
-            builder.create_dot,
-            builder.set_grid_idx,
-        )
-        execute = interpreter.GridExecutor.__call__
+    @override
+    def loads(self, addresses: Addresses, size: int) -> None:
+        self._touch("read", addresses, size)
 
-        def counted_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-            self._touch("read", pointers, mask)
-            return load(pointers, mask, *rest, **named)
+    @override
+    def stores(self, addresses: Addresses, size: int) -> None:
+        self._touch("write", addresses, size)
 
-        def counted_store(pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-            self._touch("write", pointers, mask)
-            return store(pointers, value, mask, *rest, **named)
+    @override
+    def multiplies(self) -> None:
+        self.launches[-1].has_dot = True
 
-        def noticed_dot(*arguments: Any, **named: Any) -> Any:
-            self.launches[-1].has_dot = True
-            return dot(*arguments, **named)
+    def _touch(self, way: str, addresses: Addresses, size: int) -> None:
+        self.launches[-1].requested += addresses.size * size
+        self._accesses.setdefault((way, size), _Access()).program.append(addresses)
 
-        def new_program(*index: int) -> None:
-            self._close_program()
-            enter(*index)
-
-        def new_launch(executor: Any, *arguments: Any, **named: Any) -> Any:
-            self.launches.append(Traffic(executor.fn.__name__))
-            result = execute(executor, *arguments, **named)
-            self._close_launch()
-            return result
-
-        with (
-            patch.object(builder, "create_masked_load", counted_load),
-            patch.object(builder, "create_masked_store", counted_store),
-            patch.object(builder, "create_dot", noticed_dot),
-            patch.object(builder, "set_grid_idx", new_program),
-            patch.object(interpreter.GridExecutor, "__call__", new_launch),
-        ):
-            yield
+    def _close_program(self) -> None:
+        for (_, width), access in self._accesses.items():
+            self.launches[-1].per_program += access.close_program() * width
 
 
 def count_here(dtype: torch.dtype) -> list[Traffic]:
@@ -149,7 +123,7 @@ def count_here(dtype: torch.dtype) -> list[Traffic]:
     counted = []
     for case in cases([dtype], small=True):
         counter = ByteCounter()
-        with counter.watch(), target_architecture(ARCHITECTURE):
+        with observed(counter), no_races(), target_architecture(ARCHITECTURE):
             case.launch("cpu")
         for traffic in counter.launches:
             traffic.case, traffic.dtype = case.name, str(dtype).removeprefix("torch.")

@@ -21,6 +21,7 @@ from mumoe_fast.bench.static.compile import Job, Result, Use, is_aligned
 from mumoe_fast.bench.static.occupancy import ARCHITECTURES, KIB, occupancy, resident_blocks
 from mumoe_fast.bench.static.report import Report, markdown
 from mumoe_fast.bench.static.sass import Binary, Dot, count_amdgcn, count_sass, parse_dots, parse_resource_usage
+from mumoe_fast.testing.interpreter import observed
 
 EXCESS = Path(static_bytes.__file__).with_name("excess.json")
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="bytes are counted in the interpreter")
@@ -255,7 +256,7 @@ def outer(x_ptr, w_ptr, y_ptr, TIMES: tl.constexpr):
 @pytest.mark.parametrize(("times", "excess"), [(1, 1.0), (2, 1.5)])
 def test_bytes_of_a_stream(times: int, excess: float) -> None:
     x, y, counter = torch.randn(100), torch.empty(100), ByteCounter()
-    with counter.watch():
+    with observed(counter):
         copy[(2,)](x, y, 100, TIMES=times, BLOCK_T=64)
     assert counter.launches == [Traffic("copy", requested=400 * (times + 1), per_program=800, distinct=800)]
     assert counter.launches[0].excess == excess
@@ -266,7 +267,7 @@ def test_bytes_of_a_stream(times: int, excess: float) -> None:
 @pytest.mark.parametrize(("times", "excess"), [(1, 1.0), (2, 5 / 3)])
 def test_bytes_of_tiles_that_share_an_operand(times: int, excess: float) -> None:
     x, w, y, counter = torch.randn(32, 16), torch.randn(16, 16), torch.empty(32, 16), ByteCounter()
-    with counter.watch():
+    with observed(counter):
         outer[(2,)](x, w, y, TIMES=times)
     tile = 16 * 16 * 4
     assert counter.launches == [
@@ -279,7 +280,7 @@ def test_bytes_of_tiles_that_share_an_operand(times: int, excess: float) -> None
 @interpreted
 def test_counting_leaves_the_interpreter_as_it_was() -> None:
     x, y, counter = torch.randn(64), torch.empty(64), ByteCounter()
-    with counter.watch():
+    with observed(counter):
         pass
     copy[(1,)](x, y, 64, TIMES=1, BLOCK_T=64)
     assert torch.equal(x, y)

@@ -1,14 +1,11 @@
 """Every test of a kernel is one of small tiles and, on a GPU and marked as slow, of that GPU's own."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
-from mumoe_fast.kernels.configs import Crossover, From, contraction
-from tests.layouts import GPU_TILES
+from tests.layouts import GPU_TILES, contracting
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +16,7 @@ def every_tile(tiles: None) -> None:
 @pytest.fixture(params=["kernel", "vendor"])
 def contractor(request: pytest.FixtureRequest) -> Iterator[str]:
     """Who contracts, however many tokens and however long the contraction."""
-    always = From(1 if request.param == "vendor" else 2**62, 0)
-    with ExitStack() as patches:
-        for table in (contraction.CP_VENDOR, contraction.RING_VENDOR, contraction.VENDOR_FLOAT32):
-            patches.enter_context(patch.dict(table, dict.fromkeys(table, Crossover(always, always))))
+    with contracting(request.param):
         yield request.param
 
 
