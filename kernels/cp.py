@@ -139,10 +139,11 @@ def _cp_backward_kernel(
             A = times_product(A, A_products[e], T, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
         dh = product_tile(output_product, offs_t, offs_r, mask_t, mask_r, BLOCK_K, PRECISION)
 
-    # dB may lie where dh was read.
     mask = mask_t[:, None] & mask_r[None, :]
     offs = offs_t[:, None] * R + offs_r[None, :]
     if dB_ptr is not None:
+        if output_product[1] is None:  # dB lies where dh is read, by several threads each entry if tiles are small
+            tl.debug_barrier()
         store(dB_ptr + offs, dh * A, mask)
     if partial_ptr is not None:
         column_sums(dh * A, partial_ptr, block_t, offs_r, R, mask_r)
