@@ -90,19 +90,27 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid_and_slope(x):
+    """σ(x) and σ(x) (1 − σ(x)), with no 1 − σ of a σ near 1, which a GPU's division may leave off by two units."""
+    tail = tl.exp(-tl.abs(x))
+    near_one = 1.0 / (1.0 + tail)
+    return tl.where(x < 0.0, tail * near_one, near_one), tail * near_one * near_one
+
+
+@triton.jit
 def activation_slope(x, ACTIVATION: tl.constexpr):
     """The derivative of `activate` at a float32 tile."""
     if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        return s + x * s * (1.0 - s) * (1.5957691216057308 + 0.2140644488 * x * x)
+        s, slope = _sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return s + x * slope * (1.5957691216057308 + 0.2140644488 * x * x)
     elif ACTIVATION == "relu":
         return tl.where(x > 0.0, 1.0, 0.0) + (x - x)
     elif ACTIVATION == "silu":
-        s = tl.sigmoid(x)
-        return s + x * s * (1.0 - s)
+        s, slope = _sigmoid_and_slope(x)
+        return s + x * slope
     else:
         return x * 0.0 + 1.0
 
