@@ -1,7 +1,8 @@
 """The kernels by the acceptance rule with a GPU's division, roots and exponentials, which do not round correctly.
 
 The interpreter's are numpy's and nearly exact. Here each is off by as much as NVIDIA allows its own (PTX ISA, CUDA's
-table of maximum errors), always upwards, always downwards or at random: worse than any GPU.
+table of maximum errors), always upwards, always downwards or at random: worse than any GPU. Reductions of two tiles at
+once are the GPU's too, which the interpreter otherwise takes one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
+from mumoe_fast.kernels import _entmax_solver
 from mumoe_fast.kernels._common import INTERPRET
 from mumoe_fast.testing.acceptance import assert_accepted
 from mumoe_fast.testing.cases import Case, cases
@@ -70,18 +72,18 @@ def gpu_arithmetic(direction: str) -> Iterator[None]:
 
         return operation
 
-    with ExitStack() as patches:
+    with patch.object(_entmax_solver, "INTERPRET", False), ExitStack() as patches:
         for name in OPERATIONS:
             patches.enter_context(patch.object(interpreter_builder, name, approximate(name)))
         yield
 
 
 def tried() -> Iterator[object]:
-    """Every family's quick cases at random, and all where there is time: the interpreter is slow."""
+    """Every family's quick case in float32 at random, and all where there is time: the interpreter is slow."""
     for direction in DIRECTIONS:
         for case in cases():
             if case.family != "layer" and case.dtype != torch.float16:
-                often = case.quick and direction == "random"
+                often = case.quick and case.dtype == torch.float32 and direction == "random"
                 yield pytest.param(case, direction, marks=() if often else pytest.mark.slow, id=f"{case}-{direction}")
 
 
