@@ -13,9 +13,10 @@ from itertools import product
 import pytest
 import torch
 from torch.autograd import set_multithreading_enabled
+from torch.utils import _pytree as pytree
 
-from mumoe_fast.kernels._common import INTERPRET
-from mumoe_fast.kernels.configs import target_architecture
+from mumoe_fast.kernels._common import INTERPRET, record_launches
+from mumoe_fast.kernels.configs import Config, bilinear, contraction, gate, rows, target_architecture
 from mumoe_fast.kernels.configs._base import GPUS
 from mumoe_fast.testing import trials
 from mumoe_fast.testing.acceptance import assert_accepted
@@ -120,3 +121,34 @@ def tried() -> Iterator[object]:
 def test_gpu_tiles(case: Case, target: str, who: str) -> None:
     with no_races(), contracting(who), target_architecture(target), set_multithreading_enabled(False):
         assert_accepted(case.build(torch.device("cpu")).judge("triton"))
+
+
+def reached(target: str) -> list[Config]:
+    """What the cases' launchers choose, nothing being launched; top-k's experts are data, so those are left out."""
+    chosen = []
+    for case in CASES:
+        if case.family in ("topk", "mxd"):
+            continue
+        for who in contractors(case):
+            with contracting(who), record_launches(target) as launches, set_multithreading_enabled(False):
+                case.build(torch.device("cpu")).run("triton")
+            chosen += [launch.config for launch in launches]
+    return chosen
+
+
+def is_from(entry: Config, config: Config) -> bool:
+    """Whether a launch's configuration is this entry of a table; a gate's BLOCK_N is its levels' own."""
+    blocks = {name: block for name, block in entry.blocks.items() if name in config.blocks or name != "BLOCK_N"}
+    same = all(config.blocks.get(name) == block for name, block in blocks.items())
+    return same and (entry.num_warps, entry.num_stages) == (config.num_warps, config.num_stages)
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_every_configuration_is_reached(target: str) -> None:
+    chosen = reached(target)
+    for module in (bilinear, contraction, gate, rows):
+        for name, table in vars(module).items():
+            if name.isupper() and isinstance(table, dict):
+                entries = [entry for entry in pytree.tree_leaves(table[target]) if isinstance(entry, Config)]
+                missed = [entry for entry in entries if not any(is_from(entry, config) for config in chosen)]
+                assert not missed, name

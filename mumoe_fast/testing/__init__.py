@@ -1,1 +1,1 @@
-"""Cases as data and the acceptance rule, shared by the tests, `mumoe verify` and the benchmarks."""
+"""Cases as data, the acceptance rule and the detector of races: for the tests, `mumoe verify` and the benchmarks."""
