@@ -253,14 +253,8 @@ def power_of_coefficients(a, beta, FAMILY: tl.constexpr):
 
 @triton.jit
 def weighted_mean(weighted, weight):
-    """Σ g·da / Σ g; where a row does not exist both are zero.
-
-    A GPU's division may be two units off at the last, which is all that is left of dx where a row has one expert. So
-    what remains is divided too; a division that rounds correctly takes a third more registers.
-    """
-    weight = tl.where(weight == 0.0, 1.0, weight)
-    mean = weighted / weight
-    return mean + tl.fma(-mean, weight, weighted) / weight
+    """Σ g·da / Σ g; where a row does not exist both are zero."""
+    return weighted / tl.where(weight == 0.0, 1.0, weight)
 
 
 @triton.jit

@@ -261,6 +261,11 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(entmax.learned_entmax_forward, {**_ENTMAX_FORWARD, "alpha": ""}, fits=_matched_gpt2),
     Operator(entmax.learned_entmax_backward, {**_ENTMAX_BACKWARD, "alpha": ""}, fits=_matched_gpt2),
     Operator(gate.gate_forward, _GATE, _LAYER_NORM, fits=_starts_a_block),
+    *(
+        Operator(launcher, {**gradients, **_GATE}, {**_LAYER_NORM, "alpha": alpha}, f"α = {alpha}", _matched_gpt2)
+        for launcher, gradients in ((gate.gate_forward, {}), (gate.gate_backward, _ENTMAX_BACKWARD))
+        for alpha in (1.0, 1.3, 2.0)
+    ),
     Operator(gate.gate_forward, {**_GATE, "weight": "N I float32"}, _LAYER_NORM, "autocast", _matched_gpt2),
     Operator(gate.gate_forward, {**_GATE, "bias": "N"}, _NO_NORM, "folded batch norm", _starts_a_block),
     Operator(gate.gate_backward, {**_ENTMAX_BACKWARD, **_GATE}, _LAYER_NORM, fits=_starts_a_block),
