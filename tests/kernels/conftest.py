@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from mumoe_fast.kernels._common import INTERPRET
 from tests.layouts import GPU_TILES, contracting
 
 
@@ -21,9 +23,11 @@ def contractor(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each of the GPU's tiles is compiled anew for each alignment: minutes, where real sizes are tried in tests/gpu."""
+    """Slow are the GPU's tiles, compiled anew for each alignment, and in the interpreter float16: bfloat16's code."""
     for item in items:
         callspec = getattr(item, "callspec", None)
-        here = item.path.is_relative_to(Path(__file__).parent)
-        if here and callspec is not None and callspec.params.get("tiles") == GPU_TILES:
+        if callspec is None or not item.path.is_relative_to(Path(__file__).parent):
+            continue
+        values = callspec.params.values()
+        if GPU_TILES in values or (INTERPRET.value and torch.float16 in values):
             item.add_marker(pytest.mark.slow)
