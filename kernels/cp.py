@@ -142,7 +142,7 @@ def _cp_backward_kernel(
     mask = mask_t[:, None] & mask_r[None, :]
     offs = offs_t[:, None] * R + offs_r[None, :]
     if dB_ptr is not None:
-        if output_product[1] is None:  # dB lies where dh is read, by several threads each entry if tiles are small
+        if output_product[1] is None:  # dB goes where dh was read, in a small tile by several threads each entry
             tl.debug_barrier()
         store(dB_ptr + offs, dh * A, mask)
     if partial_ptr is not None:

@@ -1,8 +1,8 @@
 """The kernels by the acceptance rule with a GPU's division, roots and exponentials, which do not round correctly.
 
 The interpreter's are numpy's and nearly exact. Here each is off by as much as NVIDIA allows its own (PTX ISA, CUDA's
-table of maximum errors), always upwards, always downwards or at random: worse than any GPU. Reductions of two tiles at
-once are the GPU's too, which the interpreter otherwise takes one by one.
+table of maximum errors), always upwards, always downwards or at random; erf is left as it is. Reductions of two tiles
+at once are the GPU's too, which the interpreter otherwise takes one by one.
 """
 
 from __future__ import annotations

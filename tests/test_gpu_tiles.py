@@ -1,13 +1,15 @@
 """The tiles that GPUs get, in the interpreter: right by the acceptance rule, and without races, before there is a GPU.
 
-Sizes that reach every configuration in the tables: one token, few, some and many; ranks with wide loads and without;
-rows that one program holds and rows in chunks; products that the kernel contracts and products that it reads.
+Sizes that reach every configuration in the tables, which a test holds but for top-k's and MxD's: one token, few, some
+and many; ranks with wide loads and without; rows that one program holds and rows in chunks; products that the kernel
+contracts and products that it reads.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from torch.autograd import set_multithreading_enabled
 from torch.utils import _pytree as pytree
 
-from mumoe_fast.kernels._common import INTERPRET, record_launches
+from mumoe_fast.kernels._common import INTERPRET, Launch, record_launches
 from mumoe_fast.kernels.configs import Config, bilinear, contraction, gate, rows, target_architecture
 from mumoe_fast.kernels.configs._base import GPUS
 from mumoe_fast.testing import trials
@@ -54,6 +56,7 @@ FAMILIES = (
             {"T": 33, "I": 70, "N": 1100},
             {"T": 1, "I": 770, "N": 60},
             {"T": 1, "I": 370, "N": 120},
+            {"T": 12, "I": 370, "N": 60, "weights": "master"},
             {"T": 12, "I": 370, "N": 120, "weights": "master"},
             {"T": 12, "I": 370, "N": 200, "weights": "master"},
             {"T": 12, "I": 770, "N": 200, "bias": True},
@@ -132,14 +135,20 @@ def reached(target: str) -> list[Config]:
         for who in contractors(case):
             with contracting(who), record_launches(target) as launches, set_multithreading_enabled(False):
                 case.build(torch.device("cpu")).run("triton")
-            chosen += [launch.config for launch in launches]
+            for launch in launches:
+                chosen += gates(launch) if "gate" in launch.kernel.fn.__name__ else [launch.config]
     return chosen
 
 
+def gates(launch: Launch) -> list[Config]:
+    """A launch of gates, whose BLOCK_N is each level's own."""
+    config, levels = launch.config, launch.arguments["levels"]
+    return [replace(config, blocks={**config.blocks, "BLOCK_N": level[3].value}) for level in levels]
+
+
 def is_from(entry: Config, config: Config) -> bool:
-    """Whether a launch's configuration is this entry of a table; a gate's BLOCK_N is its levels' own."""
-    blocks = {name: block for name, block in entry.blocks.items() if name in config.blocks or name != "BLOCK_N"}
-    same = all(config.blocks.get(name) == block for name, block in blocks.items())
+    """Whether a launch's configuration is this entry of a table, with blocks beside it that are no table's."""
+    same = all(config.blocks.get(name) == block for name, block in entry.blocks.items())
     return same and (entry.num_warps, entry.num_stages) == (config.num_warps, config.num_stages)
 
 

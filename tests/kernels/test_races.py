@@ -1,7 +1,6 @@
 """What the other tests of kernels stand under in the interpreter: that every kind of race and stray access is seen.
 
-That no kernel of the library has one is held by the fixture `tiles`, in every test that interprets kernels, and here on
-the tiles that GPUs get.
+That no kernel of the library has one is held by the fixture `tiles`, and in tests/test_gpu_tiles.py for GPUs' own.
 """
 
 from __future__ import annotations
